@@ -1,0 +1,93 @@
+"""Writing files and folders so that nothing partial is ever mistaken for a whole one.
+
+Everything is written under a temporary name beside its place and renamed when complete. A rename within one file system
+is atomic, so a reader sees the old file, or the new one, or none.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from scalemerge.errors import InputError
+
+PARTIAL = ".partial"
+
+
+def explain_os_error(error: OSError, path: Path) -> InputError:
+    """One line for what the operating system refused."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(f"{path}: the disk is full; free space or write elsewhere (--out)")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return InputError(f"{path}: not writable ({error.strerror}); give a folder you may write to (--out)")
+    return InputError(f"{path}: cannot be written ({error.strerror}); give another folder (--out)")
+
+
+def require_writable(folder: Path) -> None:
+    """Make the folder and write a byte into it, so that a bad place is refused before anything is computed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"{PARTIAL}-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise explain_os_error(error, folder) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise explain_os_error(error, path) from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give the right folder") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); delete it and run the stage again") from None
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when the block ends without an error.
+
+    What stood under the name before is replaced; leftovers of an interrupted writer are removed first.
+    """
+    temporary = final.with_name(f"{final.name}{PARTIAL}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if final.exists():
+            old = final.with_name(f"{final.name}{PARTIAL}-old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(final, old)
+            os.replace(temporary, final)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, final)
+    except OSError as error:
+        raise explain_os_error(error, final) from None

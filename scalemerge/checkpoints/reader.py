@@ -1,0 +1,139 @@
+"""Lazy reading of a model folder's safetensors: names, shapes and dtypes first, one tensor (or some rows) at a time.
+
+Files are memory-mapped by the safetensors library; opening a 16 GB model reads a few kilobytes. Truncated and corrupt
+files are refused when they are opened, before anything is computed from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from scalemerge.checkpoints.atomic import read_json
+from scalemerge.errors import InputError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class Checkpoint:
+    """The tensors of a model folder.
+
+    Names are those of the backbone alone: the prefix that a model with a head puts before them ("bert.", "model.") is
+    taken off and the head's own tensors are left out, so that a base saved with a head and experts saved without one
+    compare.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._stored: dict[str, tuple[Path, str]] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        self._handles: dict[Path, safe_open] = {}
+        found: dict[str, Path] = {}
+        for file in self._files():
+            for stored in self._open(file).keys():
+                found[stored] = file
+        if not found:
+            raise InputError(f"{self.folder}: the safetensors files hold no tensors; give a complete model folder")
+        prefix = self._prefix(found)
+        for stored, file in sorted(found.items()):
+            if prefix and not stored.startswith(prefix):
+                continue
+            name = stored[len(prefix) :]
+            self._stored[name] = (file, stored)
+            piece = self._handles[file].get_slice(stored)
+            dtype = DTYPES.get(piece.get_dtype())
+            if dtype is None:
+                raise InputError(f"{file}: tensor '{stored}' has dtype {piece.get_dtype()}, which is not supported")
+            self.specs[name] = TensorSpec(tuple(piece.get_shape()), dtype)
+
+    def _files(self) -> list[Path]:
+        if (self.folder / INDEX).is_file():
+            index = read_json(self.folder / INDEX)
+            names = sorted(set(index.get("weight_map", {}).values())) if isinstance(index, dict) else []
+            for name in names:
+                if Path(name).name != name:
+                    raise InputError(f"{self.folder / INDEX}: shard '{name}' is outside the folder; mend the index")
+                if not (self.folder / name).is_file():
+                    raise InputError(f"{self.folder / name}: shard named in {INDEX} is missing; copy it again")
+            if names:
+                return [self.folder / name for name in names]
+        if (self.folder / SINGLE).is_file():
+            return [self.folder / SINGLE]
+        raise InputError(f"{self.folder}: no {SINGLE} (safetensors only, no pickle); save the model with safetensors")
+
+    def _open(self, file: Path) -> safe_open:
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(str(file), framework="pt")
+            except (SafetensorError, OSError, ValueError) as error:
+                raise InputError(
+                    f"{file}: truncated or corrupt safetensors ({error}); copy or write the file again"
+                ) from None
+        return self._handles[file]
+
+    def _prefix(self, found: dict[str, Path]) -> str:
+        if not (self.folder / "config.json").is_file():
+            return ""
+        config = read_json(self.folder / "config.json")
+        architectures = config.get("architectures") or []
+        if not architectures or architectures[0].endswith("Model"):
+            return ""
+        for prefix in ("model.", f"{config.get('model_type', '')}.".replace("-", "_"), "roberta.", "bert."):
+            if any(name.startswith(prefix) for name in found):
+                return prefix
+        return ""
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.specs)
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor in its stored dtype, on the CPU. Raises KeyError for a name that is not there."""
+        file, stored = self._stored[name]
+        return self._handles[file].get_tensor(stored)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor of at least one dimension."""
+        file, stored = self._stored[name]
+        return self._handles[file].get_slice(stored)[start:stop]
+
+    def require_finite(self, name: str, tensor: Tensor) -> Tensor:
+        if not torch.isfinite(tensor).all():
+            file, stored = self._stored[name]
+            raise InputError(f"{file}: tensor '{stored}' holds NaN or infinity; train or copy this model again")
+        return tensor

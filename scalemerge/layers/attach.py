@@ -1,0 +1,71 @@
+"""Put merged layers into a transformers model, and take them out again.
+
+`attach` replaces every module that has a task vector; modules whose task vectors are all absent stay as they are. The
+base weights stay where they are (no copy); tied weights stay tied and their task vectors are held once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from scalemerge.layers.coefficients import Coefficients
+from scalemerge.layers.merged import MergedEmbedding, MergedLayer, MergedLinear, MergedModule
+
+
+def attach(
+    model: nn.Module, task_vectors: Mapping[str, Sequence[Tensor]], coefficients: Coefficients
+) -> list[MergedLayer]:
+    """Swap merged layers in, in place.
+
+    task_vectors: E tensors for each parameter name of `model`, float32 or the model's dtype.
+    coefficients: where each parameter finds its c.
+    Returns the layers swapped in. Raises ValueError for a name that the model does not have or a shape that differs.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    by_module: dict[str, dict[str, list[Tensor]]] = {}
+    for name, vectors in task_vectors.items():
+        if name not in parameters:
+            raise ValueError(f"the model has no parameter '{name}'; were the task vectors made from another base?")
+        if name not in coefficients.rows:
+            raise ValueError(f"no coefficients for '{name}'")
+        module_name, _, parameter = name.rpartition(".")
+        by_module.setdefault(module_name, {})[parameter] = [
+            vector.to(parameters[name].device) if vector.device != parameters[name].device else vector
+            for vector in vectors
+        ]
+    if "" in by_module:
+        raise ValueError("parameters directly on the model cannot be merged; wrap the model in a module")
+    model.requires_grad_(False)
+    swapped: dict[int, MergedLayer] = {}
+    for module_name, vectors_of in by_module.items():
+        original = modules[module_name]
+        if id(original) not in swapped:
+            swapped[id(original)] = _layer_for(original)(original, vectors_of, coefficients, module_name)
+    for module in modules.values():
+        for child_name, child in list(module._modules.items()):
+            if child is not None and id(child) in swapped:
+                module._modules[child_name] = swapped[id(child)]
+    return list(swapped.values())
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """The plain model again, in place, with the merged weights at the present coefficients."""
+    restored: dict[int, nn.Module] = {}
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, MergedLayer):
+                if id(child) not in restored:
+                    restored[id(child)] = child.restore()
+                module._modules[name] = restored[id(child)]
+    return model
+
+
+def _layer_for(module: nn.Module) -> type[MergedLayer]:
+    if type(module) is nn.Linear:
+        return MergedLinear
+    if type(module) is nn.Embedding and module.max_norm is None:
+        return MergedEmbedding
+    return MergedModule
