@@ -171,7 +171,7 @@ class Encoder(nn.Module):
         """
         from transformers import AutoModel, AutoTokenizer
 
-        folder = _local_folder(path)
+        folder = local_folder(path)
         described = read_modules(folder)
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         try:
@@ -228,7 +228,7 @@ def freeze_unused(backbone: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def _local_folder(path: str | Path) -> str:
+def local_folder(path: str | Path) -> str:
     """The folder of a model: a local one as it is, `package:` resolved, anything else left for the hub."""
     text = str(path)
     if text.startswith("package:"):

@@ -155,6 +155,7 @@ class Positioning(_Section):
     patience: int = Field(5, ge=1)
     checkpoint_every: int = Field(10, ge=1)
     length_groups: int = Field(4, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 class Merge(_Section):
@@ -171,9 +172,12 @@ class Merge(_Section):
 
 
 class Evaluation(_Section):
+    """What to score. `limits` caps every task (max_rows, max_queries, max_corpus ...), chosen by a fixed seed."""
+
     suite: Literal["docs", "shared", "hub"] = "docs"
     tasks: list[str] | None = None
     fast: bool = False
+    limits: dict[str, int] = {}
     batch_size: int = Field(64, ge=1)
 
 

@@ -4,7 +4,7 @@
 """
 
 from scalemerge.layers.attach import attach, detach
-from scalemerge.layers.coefficients import Coefficients, group_names, group_of
+from scalemerge.layers.coefficients import Coefficients
 from scalemerge.layers.merged import MergedEmbedding, MergedLayer, MergedLinear, MergedModule
 
 __all__ = [
@@ -15,6 +15,4 @@ __all__ = [
     "MergedModule",
     "attach",
     "detach",
-    "group_names",
-    "group_of",
 ]

@@ -1,0 +1,238 @@
+"""The command line: one verb a stage. Imports are lazy, so that `--help` answers at once.
+
+Exit codes: 0 done, 1 failed, 2 bad usage or bad input. Errors are one line on stderr; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scalemerge.errors import InputError
+
+if TYPE_CHECKING:
+    from scalemerge.recipe import Recipe
+
+app = typer.Typer(
+    name="scalemerge",
+    help="Train text-embedding experts once, then learn the best single model among their task vectors.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="Recipe, a YAML file.", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run. Default: runs/<recipe name>.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Folder that {data} stands for. Default: $SCALEMERGE_DATA.")]
+Experts = Annotated[
+    list[str] | None, typer.Option("--expert", help="NAME=FOLDER of an expert trained elsewhere; repeat for each.")
+]
+
+
+def _recipe(path: Path, data: Path | None, out: Path | None) -> tuple[Recipe, Path]:
+    from scalemerge.recipe import load_recipe
+
+    recipe = load_recipe(path, data=data)
+    return recipe, out or Path("runs") / recipe.name
+
+
+def _expert_folders(given: list[str] | None) -> dict[str, Path]:
+    folders = {}
+    for text in given or []:
+        name, equals, folder = text.partition("=")
+        if not equals or not name or not folder:
+            raise InputError(f"--expert {text}: write it as NAME=FOLDER")
+        folders[name] = Path(folder)
+    return folders
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if version:
+        from scalemerge import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command(epilog="Example: scalemerge run recipes/docs.yaml --out runs/demo")
+def run(recipe: RecipePath, out: Out = None, data: Data = None) -> None:
+    """All stages: train experts and baselines, position, merge, evaluate, report. Resumes where it stopped."""
+    from scalemerge.pipeline import run_all
+
+    run_all(*_recipe(recipe, data, out))
+
+
+@app.command(
+    epilog="Example: accelerate launch --config_file accelerate_configs/ddp.yaml -m scalemerge train "
+    "recipes/shared-suite.yaml --task sts --out runs/shared"
+)
+def train(
+    recipe: RecipePath,
+    task: Annotated[str | None, typer.Option("--task", help="Train the expert of this task.")] = None,
+    joint: Annotated[bool, typer.Option("--joint", help="Train a joint baseline instead.")] = False,
+    alpha: Annotated[float, typer.Option("--alpha", min=0, help="With --joint: p_i ~ n_i^alpha.")] = 1.0,
+    out: Out = None,
+    data: Data = None,
+) -> None:
+    """Train one expert, or a joint baseline. Under `accelerate launch` on many devices."""
+    if joint == (task is not None):
+        raise typer.BadParameter("give either --task NAME or --joint")
+    from scalemerge.pipeline import prepare
+    from scalemerge.training import expert_job, joint_job
+    from scalemerge.training import train as train_job
+
+    loaded, folder = _recipe(recipe, data, out)
+    if task is not None and task not in loaded.tasks:
+        raise InputError(f"--task {task}: the recipe {recipe} has {', '.join(loaded.tasks)}")
+    name = f"alpha-{alpha:g}"
+    if joint:
+        from scalemerge.recipe import Joint
+
+        name = next((key for key, value in loaded.joint.items() if value == Joint(alpha=alpha)), name)
+        loaded.joint.setdefault(name, Joint(alpha=alpha))
+    prepared = prepare(loaded, folder, evaluation=False)
+    if task is not None:
+        train_job(expert_job(loaded, prepared.data, task), folder / "experts" / task)
+    else:
+        train_job(joint_job(loaded, prepared.data, name), folder / "joint" / name)
+
+
+@app.command(epilog="Example: scalemerge position recipes/docs.yaml --out runs/demo")
+def position(recipe: RecipePath, out: Out = None, data: Data = None, expert: Experts = None) -> None:
+    """Learn the merging coefficients from experts on disk, into OUT/position."""
+    from scalemerge.pipeline import position as learn
+    from scalemerge.pipeline import prepare
+
+    loaded, folder = _recipe(recipe, data, out)
+    given = _expert_folders(expert)
+    experts = {name: given.get(name, folder / "experts" / name) for name in loaded.tasks} | given
+    if loaded.positioning.order is not None and sorted(loaded.positioning.order) != sorted(experts):
+        raise InputError(f"positioning.order: must name each expert once: {', '.join(experts)}")
+    learn(prepare(loaded, folder, experts=experts, evaluation=False))
+
+
+@app.command(
+    epilog="Example: scalemerge merge --base BASE --expert sts=runs/demo/experts/sts --expert docs=other/docs "
+    "--method task_arithmetic --set lambda=0.3 --out merged"
+)
+def merge(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe whose merges to write.", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Folder of the base model.")] = None,
+    expert: Experts = None,
+    method: Annotated[str, typer.Option("--method", help="average, task_arithmetic ...")] = "average",
+    coefficients: Annotated[Path | None, typer.Option("--coefficients", help="A coefficients.json to apply.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of a method's parameter.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+    out: Out = None,
+    data: Data = None,
+) -> None:
+    """Write merged models: those of a recipe, or one from folders by a static method or learned coefficients."""
+    if recipe is not None:
+        from scalemerge.pipeline import prepare, write_merges
+
+        loaded, folder = _recipe(recipe, data, out)
+        write_merges(prepare(loaded, folder, evaluation=False))
+        return
+    if base is None or not expert or out is None:
+        raise typer.BadParameter("give a RECIPE, or --base, --expert (one or more) and --out")
+    from scalemerge.merging.folders import merge_folders
+
+    merge_folders(base, _expert_folders(expert), out, method, _parameters(set_), coefficients, dtype)
+
+
+def _parameters(given: list[str] | None) -> dict[str, Any]:
+    parameters: dict[str, Any] = {}
+    for text in given or []:
+        name, _, value = text.partition("=")
+        try:
+            parameters[name] = float(value)
+        except ValueError:
+            raise InputError(f"--set {text}: write it as NAME=NUMBER") from None
+    return parameters
+
+
+@app.command(
+    name="eval", epilog="Example: scalemerge eval runs/demo/merged/self_positioning --suite shared --data data --fast"
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model folder, or package:<name>/<folder>.", show_default=False)],
+    suite: Annotated[str, typer.Option("--suite", help="docs, shared, or hub (mteb names through --task).")] = "docs",
+    task: Annotated[list[str] | None, typer.Option("--task", help="Only this task; repeat for more.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="The small subset of suite shared.")] = False,
+    name: Annotated[str | None, typer.Option("--name", help="The model's name in the results.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
+    out: Annotated[Path, typer.Option("--out", help="Folder for results.json and mteb's own files.")] = Path("runs/eval"),
+    data: Data = None,
+) -> None:
+    """MTEB scores of any model folder."""
+    from scalemerge.pipeline import score_folder
+    from scalemerge.recipe import Evaluation
+
+    if suite not in ("docs", "shared", "hub"):
+        raise typer.BadParameter(f"'{suite}': choose docs, shared or hub", param_hint="--suite")
+    wanted = Evaluation(suite=suite, tasks=task, fast=fast, batch_size=batch_size)  # type: ignore[arg-type]
+    score_folder(model, wanted, out, name=name, data=data)
+
+
+@app.command(epilog="Example: scalemerge report runs/demo")
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)],
+    detail: Annotated[bool, typer.Option("--detail", help="Every task, not only the means by type.")] = False,
+) -> None:
+    """Tables in the terminal and report.html from what a run left behind."""
+    from scalemerge.pipeline import report as show
+
+    show(folder, detail=detail)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs a verb, turns errors into one line and an exit code."""
+    import click
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if not Path("/dev/nvidiactl").exists() else "cuda")
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
+    code = 0
+    try:
+        _quiet()
+        result = app([argument for argument in given if argument != "--debug"], standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except InputError as error:
+        code = _fail(str(error), 2, debug)
+    except click.ClickException as error:
+        where = f" (see '{error.ctx.command_path} --help')" if getattr(error, "ctx", None) else ""
+        code = _fail(" ".join(error.format_message().split()) + where, 2, debug)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        code = _fail("interrupted; run the same command again to continue", 130, debug)
+    except OSError as error:
+        code = _fail(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1, debug)
+    except Exception as error:
+        code = _fail(f"{type(error).__name__}: {error} (a bug; --debug shows where)", 1, debug)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _quiet() -> None:
+    """Progress bars and warnings of libraries would bury ours."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,248 @@
+"""Reading rows: local JSONL(.gz), Parquet and CSV files, folders, BEIR-style retrieval folders and hub ids.
+
+Everything goes through `datasets`. What comes out has one schema per task kind, whatever the columns were called, and
+has been checked: the columns are there, texts are texts, scores are finite numbers, and there is at least one row.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scalemerge.errors import InputError
+from scalemerge.recipe import DATA_VARIABLE, Source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: roles of each task kind: the texts first, then the target
+TEXT_ROLES = {
+    "pairs": ("query", "positive"),
+    "triplets": ("query", "positive"),
+    "scored_pairs": ("sentence1", "sentence2"),
+    "labelled_texts": ("text",),
+    "retrieval": ("query", "positive"),
+}
+TARGETS = {"scored_pairs": "score", "labelled_texts": "label"}
+_ALSO_CALLED = {
+    "query": ("query", "anchor", "question"),
+    "positive": ("positive", "pos", "document", "answer"),
+    "negatives": ("negatives", "negative", "neg"),
+    "sentence1": ("sentence1", "text1"),
+    "sentence2": ("sentence2", "text2"),
+    "text": ("text", "sentence"),
+    "score": ("score", "similarity_score"),
+    "label": ("label", "labels"),
+}
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+
+
+def resolve_path(source: Source, data: str | None) -> str:
+    """The source's path with `{data}` and `{docs}` filled in. Raises InputError when `{data}` is not known."""
+    path = source.path
+    if "{data}" in path:
+        if not data:
+            raise InputError(f"source '{path}': {{data}} is not known; give --data DIR or set {DATA_VARIABLE}")
+        path = path.replace("{data}", str(data))
+    if "{docs}" in path:
+        from scalemerge.data.docs_suite import build_docs_suite
+
+        path = path.replace("{docs}", str(build_docs_suite()))
+    return path
+
+
+def load_rows(source: Source, kind: str, *, data: str | None = None) -> Dataset:
+    """All rows of a source in the schema of `kind`.
+
+    Columns: texts as strings; `negatives` a list of strings (kind triplets); `score` float; `label` string; `row` the
+    row's number in the source. Raises InputError naming file, column or row, and the remedy.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    where = resolve_path(source, data)
+    if kind == "retrieval" and Path(where).is_dir():
+        rows: Any = _retrieval_rows(Path(where), source.split)
+    else:
+        rows = _open(where, source)
+    if not source.streaming:
+        rows = rows.add_column("row", list(range(len(rows)))) if "row" not in rows.column_names else rows
+    for column, values in source.where.items():
+        if column not in (rows.column_names or []):
+            raise InputError(f"{where}: no column '{column}' to filter by; it has {', '.join(rows.column_names or [])}")
+        allowed = set(values)
+        rows = rows.filter(lambda value, allowed=allowed: value in allowed, input_columns=column)
+    if source.streaming:
+        rows = _take(rows, source, where)
+    elif source.limit is not None and len(rows) > source.limit:
+        rows = rows.shuffle(seed=0).select(range(source.limit))
+    rows = _canonical(rows, source, kind, where)
+    if not len(rows):
+        raise InputError(f"{where}: no rows (split '{source.split}', filter {source.where or 'none'}); give a data set "
+                         "that is not empty")  # fmt: skip
+    return rows
+
+
+def _take(rows: Any, source: Source, where: str) -> Dataset:
+    from datasets import Dataset
+
+    taken = [{"row": number, **row} for number, row in enumerate(rows.take(source.limit))]
+    if not taken:
+        raise InputError(f"{where}: the stream holds no rows; give a data set that is not empty")
+    return Dataset.from_list(taken)
+
+
+def _open(where: str, source: Source) -> Any:
+    import datasets
+
+    files = _files(where, source.split)
+    try:
+        if files is None:
+            return datasets.load_dataset(where, source.name, split=source.split, streaming=source.streaming)
+        extra = {"sep": "\t"} if files[0].name.removesuffix(".gz").endswith(".tsv") else {}
+        return datasets.load_dataset(
+            _format(files[0]),
+            data_files=[str(file) for file in files],
+            split="train",
+            streaming=source.streaming,
+            **extra,
+        )
+    except InputError:
+        raise
+    except Exception as error:  # datasets raises many types for one cause: the rows cannot be read
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        raise InputError(f"{where}: cannot be read as a data set ({reason[:200]}); mend the file or its path") from error
+
+
+def _format(file: Path) -> str:
+    name = file.name.removesuffix(".gz")
+    for ending, form in _FORMATS.items():
+        if name.endswith(ending):
+            return form
+    raise InputError(f"{file}: format not known; give JSONL(.gz), Parquet, CSV or TSV")
+
+
+def _files(where: str, split: str) -> list[Path] | None:
+    """The files of a local source, or None for a hub id."""
+    path = Path(where).expanduser()
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = sorted(
+            file for ending in _FORMATS for file in (*path.glob(f"{split}*{ending}"), *path.glob(f"{split}*{ending}.gz"))
+        )
+        if not files:
+            present = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+            raise InputError(f"{path}: no data file for split '{split}'; the folder holds {present}")
+    elif path.suffix or where.startswith((".", "/", "~")) or where.count("/") > 1:
+        raise InputError(f"{where}: no such data file or folder; mend the source's path")
+    else:
+        return None
+    for file in files:
+        if file.stat().st_size == 0:
+            raise InputError(f"{file}: the data set is empty; give a file with rows")
+        if not os.access(file, os.R_OK):
+            raise InputError(f"{file}: not readable; change its permissions")
+    return files
+
+
+def _retrieval_rows(folder: Path, split: str) -> Dataset:
+    """(query, positive) rows from a BEIR folder: every relevant document of every query of the split."""
+    from datasets import Dataset
+
+    def table(*names: str) -> Path:
+        for name in names:
+            for candidate in (folder / name, folder / f"{name}.gz"):
+                if candidate.is_file():
+                    return candidate
+        raise InputError(f"{folder / names[0]}: missing; a retrieval folder has corpus, queries and qrels for '{split}'")
+
+    def texts(path: Path) -> dict[str, str]:
+        rows = _open(str(path), Source(path=str(path)))
+        if not {"_id", "text"} <= set(rows.column_names):
+            raise InputError(f"{path}: needs the columns _id and text; found {', '.join(rows.column_names)}")
+        titles = rows["title"] if "title" in rows.column_names else [""] * len(rows)
+        return {
+            str(key): f"{title} {text}".strip() for key, title, text in zip(rows["_id"], titles, rows["text"], strict=True)
+        }
+
+    corpus = texts(table("corpus.jsonl"))
+    queries = texts(table(f"queries.{split}.jsonl", "queries.jsonl"))
+    qrels_path = table(f"qrels.{split}.tsv", f"qrels/{split}.tsv")
+    qrels = _open(str(qrels_path), Source(path=str(qrels_path)))
+    if not {"query-id", "corpus-id", "score"} <= set(qrels.column_names):
+        raise InputError(f"{qrels_path}: needs the header query-id, corpus-id, score; found {qrels.column_names}")
+    pairs: dict[str, list[str]] = {"query": [], "positive": []}
+    for query, document, score in zip(qrels["query-id"], qrels["corpus-id"], qrels["score"], strict=True):
+        if score > 0 and str(query) in queries and str(document) in corpus:
+            pairs["query"].append(queries[str(query)])
+            pairs["positive"].append(corpus[str(document)])
+    return Dataset.from_dict(pairs)
+
+
+def _canonical(rows: Dataset, source: Source, kind: str, where: str) -> Dataset:
+    columns = {role: _column(rows, source, role, where) for role in TEXT_ROLES[kind]}
+    target = TARGETS.get(kind)
+    if target:
+        columns[target] = _column(rows, source, target, where)
+    table: dict[str, list[Any]] = {role: list(rows[column]) for role, column in columns.items()}
+    for role in TEXT_ROLES[kind]:
+        _check_texts(table[role], columns[role], where)
+    if kind == "triplets":
+        table["negatives"] = _negatives(rows, source, where)
+    if target == "score":
+        table["score"] = _scores(table["score"], columns["score"], where)
+    elif target == "label":
+        if any(value is None for value in table["label"]):
+            raise InputError(f"{where}: row {table['label'].index(None)}: '{columns['label']}' is missing; label it")
+        table["label"] = [str(value) for value in table["label"]]
+    table["row"] = list(rows["row"])
+    keep = [
+        index for index in range(len(table["row"])) if all(table[role][index].strip() for role in TEXT_ROLES[kind])
+    ]
+    from datasets import Dataset
+
+    if len(keep) < len(table["row"]):
+        table = {name: [values[index] for index in keep] for name, values in table.items()}
+    return Dataset.from_dict(table)
+
+
+def _column(rows: Dataset, source: Source, role: str, where: str) -> str:
+    names = [source.columns[role]] if role in source.columns else list(_ALSO_CALLED[role])
+    for name in names:
+        if name in rows.column_names:
+            return name
+    found = ", ".join(name for name in rows.column_names if name != "row")
+    raise InputError(
+        f"{where}: no column '{names[0]}'; found {found}; name the right one under columns: {{{role}: ...}}"
+    )
+
+
+def _check_texts(values: Iterable[Any], column: str, where: str) -> None:
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise InputError(f"{where}: row {index}: '{column}' is {value!r}, not a text; mend the row")
+
+
+def _scores(values: list[Any], column: str, where: str) -> list[float]:
+    for index, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{where}: row {index}: '{column}' is {value!r}, not a number; give numeric scores")
+        if not math.isfinite(value):
+            raise InputError(f"{where}: row {index}: '{column}' is {value}; give finite scores")
+    return [float(value) for value in values]
+
+
+def _negatives(rows: Dataset, source: Source, where: str) -> list[list[str]]:
+    numbered = sorted(name for name in rows.column_names if name.startswith("negative_"))
+    if numbered and "negatives" not in source.columns:
+        lists = [[value for value in values if value] for values in zip(*(rows[name] for name in numbered), strict=True)]
+    else:
+        column = _column(rows, source, "negatives", where)
+        lists = [[value] if isinstance(value, str) else list(value or []) for value in rows[column]]
+    for index, values in enumerate(lists):
+        _check_texts(values, f"negatives of row {index}", where)
+    return lists

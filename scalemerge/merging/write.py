@@ -1,0 +1,167 @@
+"""Write a merged model as a sentence-transformers folder, tensor by tensor.
+
+The peak is one tensor's task vectors, not one model. Configuration, tokenizer and pooling are carried over; only names
+that base and experts have are written (no position_ids of an old release, no spurious head); the folder appears when it
+is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalemerge.checkpoints.atomic import new_folder, read_json, write_json, write_text
+from scalemerge.checkpoints.reader import SINGLE, TensorSpec
+from scalemerge.checkpoints.writer import write_safetensors
+from scalemerge.encoder import read_modules
+from scalemerge.progress import Progress, say
+from scalemerge.task_vectors import TaskVectorStore
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RECORD = "scalemerge.json"
+_NOT_CARRIED = {"README.md", RECORD, "training.jsonl", ".gitattributes"}
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack", ".index.json")
+
+
+def write_merged(
+    store: TaskVectorStore,
+    folder: Path,
+    combine: Callable[[str, Tensor, list[Tensor]], Tensor],
+    *,
+    description: dict[str, Any],
+    key: str,
+    dtype: str | None = None,
+) -> float:
+    """Write the model combine(name, W0 float32, [T_1 .. T_E]) for every tensor that an expert moved.
+
+    description: what the model card says (title, method, parameters ...). dtype: storage; the base's own by default.
+    Returns the share of the delta that survived rounding to the stored dtype (1.0 = all).
+    """
+    specs = {
+        name: TensorSpec(spec.shape, DTYPES[dtype] if dtype and spec.dtype.is_floating_point else spec.dtype)
+        for name, spec in store.base.specs.items()
+        if name in store.names or spec.dtype.is_floating_point
+    }
+    survival = _Survival()
+
+    def make(name: str) -> Tensor:
+        base = store.base.read(name)
+        if name not in store.names:
+            return base.to(specs[name].dtype)
+        exact = base.float()
+        merged = combine(name, exact, store.task_vectors(name))
+        stored = merged.to(specs[name].dtype)
+        survival.add(exact, merged, stored)
+        return stored
+
+    total = sum(spec.nbytes for spec in specs.values())
+    with (
+        new_folder(folder) as temporary,
+        Progress(f"writing {folder.name}", max(1, total // 2**20), unit="MiB") as progress,
+    ):
+        written = [0]
+
+        def advance(count: int) -> None:
+            before = written[0] // 2**20
+            written[0] += count
+            progress.advance(written[0] // 2**20 - before)
+
+        write_safetensors(temporary / SINGLE, specs, make, progress=advance)
+        _carry_over(store, temporary, dtype)
+        share = survival.share
+        write_text(temporary / "README.md", model_card({**description, "delta survival": f"{100 * share:.2f} %"}))
+        write_json(temporary / RECORD, {"key": key, "delta_survival": share, **description})
+    if share < 0.99:
+        say(
+            f"warning: {folder.name}: only {100 * share:.1f} % of the merged delta survives {dtype or 'the base'} "
+            "storage; write float32"
+        )
+    return share
+
+
+class _Survival:
+    """<stored delta, exact delta> / |exact delta|^2 over all tensors."""
+
+    def __init__(self) -> None:
+        self.along = self.square = 0.0
+
+    def add(self, base: Tensor, merged: Tensor, stored: Tensor) -> None:
+        delta = merged.double() - base.double()
+        kept = stored.double() - base.to(stored.dtype).double()
+        self.along += float((kept * delta).sum())
+        self.square += float(delta.square().sum())
+
+    @property
+    def share(self) -> float:
+        return min(1.0, self.along / self.square) if self.square > 0 else 1.0
+
+
+def _carry_over(store: TaskVectorStore, folder: Path, dtype: str | None) -> None:
+    """Everything but weights: from an expert when it is a sentence-transformers folder, else from the base."""
+    described = [read_modules(expert) for expert in store.folders]
+    origin = store.folders[0] if described[0] else store.base_folder
+    for path in sorted(origin.rglob("*")):
+        relative = path.relative_to(origin)
+        if path.is_dir():
+            (folder / relative).mkdir(parents=True, exist_ok=True)
+        elif path.name not in _NOT_CARRIED and not path.name.endswith(_WEIGHTS):
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / relative)
+    config = read_json(folder / "config.json")
+    if dtype:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+        write_json(folder / "config.json", config)
+    names = folder / "config_sentence_transformers.json"
+    if names.is_file():
+        content = read_json(names)
+        prompts = [each.get("prompts", {}) for each in described]
+        content["prompts"] = {
+            kind: prompts[0][kind] if all(p.get(kind) == prompts[0].get(kind) for p in prompts) and prompts[0].get(kind)
+            else "" for kind in ("query", "document")
+        }  # fmt: skip
+        write_json(names, content)
+
+
+def model_card(description: dict[str, Any]) -> str:
+    """The folder's README.md: how the model was made, with the metadata that hubs read."""
+    experts: dict[str, str] = description.get("experts", {})
+    lines = [
+        "---",
+        "library_name: sentence-transformers",
+        "pipeline_tag: sentence-similarity",
+        "base_model_relation: merge",
+        "tags: [scalemerge, merge, sentence-transformers]",
+        "---",
+        "",
+        f"# {description.get('title', 'Merged embedding model')}",
+        "",
+        f"Merged from {len(experts)} experts of `{description.get('base')}` by **{description.get('method')}** "
+        "with [scalemerge]: W = W0 + sum of c_i T_i over task vectors T_i = W_i - W0.",
+        "",
+        "| expert | folder |",
+        "|---|---|",
+        *[f"| {name} | `{path}` |" for name, path in experts.items()],
+        "",
+    ]
+    for name, value in description.items():
+        if name not in ("title", "base", "method", "experts"):
+            shown = value if isinstance(value, str) else f"`{json.dumps(value)}`"
+            lines.append(f"- **{name}**: {shown}")
+    lines += [
+        "",
+        "```python",
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        'model = SentenceTransformer("path/to/this/folder")',
+        'embeddings = model.encode(["a text", "another text"])',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,399 @@
+"""A run, stage by stage:
+
+    prepare    check everything that can be checked before the expensive part; split the data
+    experts    train one expert a task
+    joint      train the joint baselines, of equal total examples
+    position   learn the merging coefficients on the probe set
+    merges     write the merged models
+    evaluate   score base, experts, baselines and merges with mteb
+    report     tables in the terminal, report.html
+
+Every stage writes whole pieces under their final names and skips those that are there, so a run that was killed at any
+moment continues from the last finished piece (training and positioning from their last checkpoint).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scalemerge.checkpoints.atomic import read_json, require_writable, write_json, write_text
+from scalemerge.errors import InputError
+from scalemerge.progress import Progress, say
+from scalemerge.recipe import DATA_VARIABLE, Evaluation, Merge, Recipe, dump_recipe
+from scalemerge.report.cost import Cost
+
+if TYPE_CHECKING:
+    from scalemerge.data.probe import TaskData
+    from scalemerge.evaluation.suites import Suite
+
+LEARNED = "self_positioning"
+
+
+@dataclass
+class Run:
+    """A recipe, the folder it runs in, and its data."""
+
+    recipe: Recipe
+    out: Path
+    data: dict[str, TaskData]
+    experts: dict[str, Path] = field(default_factory=dict)
+    suite: Suite | None = None
+
+    def __post_init__(self) -> None:
+        if not self.experts:
+            self.experts = {name: self.out / "experts" / name for name in self.recipe.tasks}
+
+    @property
+    def position_folder(self) -> Path:
+        return self.out / "position"
+
+    def base_folder(self) -> Path:
+        from scalemerge.encoder import package_folder
+
+        path = self.recipe.base.path
+        if path.startswith("package:"):
+            return package_folder(path)
+        if Path(path).is_dir():
+            return Path(path)
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(path, ignore_patterns=["*.bin", "*.onnx", "*.h5"]))
+        except Exception as error:  # the hub client raises many types for one cause: the model cannot be had
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"base.path: '{path}' is no folder and no reachable hub model ({reason[:150]})") from error
+
+    def save_recipe(self) -> None:
+        write_text(self.out / "recipe.yaml", dump_recipe(self.recipe))
+
+
+# ---- prepare -----------------------------------------------------------------------------------------------------
+
+
+def prepare(recipe: Recipe, out: Path, *, experts: dict[str, Path] | None = None, evaluation: bool = True) -> Run:
+    """Check place, base, merges, data and suite, in order of cost. Raises InputError before anything is computed."""
+    from scalemerge.checkpoints.reader import Checkpoint
+
+    require_writable(out)
+    for number, merge in enumerate(recipe.merges):
+        check_merge(merge, f"merges.{number}")
+    run = Run(recipe, out, {}, dict(experts or {}))
+    Checkpoint(run.base_folder())
+    suite = make_suite(recipe.evaluation, recipe.data) if evaluation else None
+    from scalemerge.data.probe import load_tasks
+
+    run.data, run.suite = load_tasks(recipe), suite
+    run.save_recipe()
+    for name, task in run.data.items():
+        say(
+            f"task {name}: {len(task.train)} training rows, {len(task.probe)} probe rows, "
+            f"{len(task.validation)} validation rows"
+        )
+    return run
+
+
+def check_merge(merge: Merge, where: str) -> dict[str, Any]:
+    """The merge's parameters with defaults filled in. Raises InputError for an unknown method or parameter."""
+    from scalemerge.merging import find_method
+
+    if merge.method == LEARNED:
+        if merge.parameters:
+            raise InputError(f"{where}: method '{LEARNED}' takes no parameters; its settings are under positioning")
+        return {}
+    return find_method(merge.method, f"{where}.method").check(merge.parameters, f"{where}.parameters")
+
+
+def make_suite(wanted: Evaluation, data: str | None) -> Suite:
+    """The evaluation suite that a recipe or `eval` asks for, its files checked."""
+    from scalemerge.evaluation import suites
+
+    if wanted.suite == "docs":
+        from scalemerge.data.docs_suite import build_docs_suite
+
+        suite = suites.docs_suite(build_docs_suite())
+    elif wanted.suite == "shared":
+        if not data:
+            raise InputError("evaluation.suite: 'shared' needs its folder; give --data DIR or set SCALEMERGE_DATA")
+        suite = suites.shared_suite(data, wanted.tasks, wanted.fast)
+    else:
+        if not wanted.tasks:
+            raise InputError("evaluation.tasks: suite 'hub' needs the names of mteb tasks")
+        suite = suites.hub_suite(wanted.tasks)
+    if wanted.suite == "docs" and wanted.tasks:
+        names = {task.name for task in suite.tasks}
+        for name in wanted.tasks:
+            if name not in names:
+                raise InputError(f"evaluation.tasks: '{name}' is not in suite docs; it has {', '.join(sorted(names))}")
+        suite = suites.Suite(suite.name, tuple(task for task in suite.tasks if task.name in wanted.tasks))
+    if wanted.limits:
+        suite = suites.limit(suite, **wanted.limits)
+    suites.check(suite)
+    return suite
+
+
+# ---- experts and joint baselines ---------------------------------------------------------------------------------
+
+
+def train_experts(run: Run) -> dict[str, Cost]:
+    from scalemerge.training import expert_job, train
+
+    return {name: train(expert_job(run.recipe, run.data, name), run.experts[name]) for name in run.recipe.tasks}
+
+
+def train_joint(run: Run) -> dict[str, Cost]:
+    from scalemerge.training import joint_job, train
+
+    return {
+        name: train(joint_job(run.recipe, run.data, name), run.out / "joint" / name) for name in run.recipe.joint
+    }
+
+
+# ---- positioning -------------------------------------------------------------------------------------------------
+
+
+def open_store(run: Run) -> Any:
+    """The experts' task vectors. Raises InputError for experts that do not fit the base."""
+    from scalemerge.task_vectors import TaskVectorStore
+
+    for name, folder in run.experts.items():
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no expert for task '{name}'; run 'scalemerge train' first")
+    return TaskVectorStore(run.base_folder(), run.experts)
+
+
+def position_key(run: Run, store: Any) -> str:
+    """A hash of all that decides the coefficients: base, experts, probe rows, losses and settings."""
+    from scalemerge.checkpoints.revision import model_revision
+    from scalemerge.data.probe import manifest
+
+    settings = run.recipe.positioning.model_dump(exclude={"checkpoint_every"})
+    described = {
+        "weights": [model_revision(folder) for folder in (store.base_folder, *store.folders)],
+        "experts": store.experts,
+        "probe": manifest(run.data, run.recipe.probe),
+        "texts": {name: [hash_rows(data.probe.texts), hash_rows(data.validation.texts)] for name, data in run.data.items()},
+        "tasks": {
+            name: task.model_dump(include={"kind", "loss", "prompts"}) for name, task in run.recipe.tasks.items()
+        },
+        "settings": settings,
+        "seed": run.recipe.seed,
+        "base": run.recipe.base.model_dump(),
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def hash_rows(texts: list[tuple[int, ...]]) -> str:
+    return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
+
+
+def position(run: Run) -> Cost:
+    """Learn the coefficients into DIR/position. Returns the cost of positioning alone."""
+    from scalemerge.data.probe import manifest
+    from scalemerge.merging import read_coefficients
+    from scalemerge.positioning import Search, build
+    from scalemerge.training import load_encoder
+
+    store, folder = open_store(run), run.position_folder
+    key = position_key(run, store)
+    if (folder / "coefficients.json").is_file():
+        if read_coefficients(folder / "coefficients.json").get("key") != key:
+            raise InputError(
+                f"{folder / 'coefficients.json'}: was learned from other experts, probe rows or settings; delete "
+                f"{folder} or give another --out"
+            )
+        return Cost.from_dict(read_json(folder / "cost.json"))
+    require_writable(folder)
+    write_json(folder / "probe.json", manifest(run.data, run.recipe.probe))
+    model = build(load_encoder(run.recipe.base).to(_device()), store, run.recipe.positioning)
+    search = Search(
+        model,
+        run.recipe.tasks,
+        {name: data.probe for name, data in run.data.items()},
+        {name: data.validation for name, data in run.data.items()},
+        run.recipe.positioning,
+        seed=run.recipe.seed,
+        folder=folder,
+        key=key,
+    )
+    search.run()
+    return search.cost
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# ---- merges ------------------------------------------------------------------------------------------------------
+
+
+def write_merges(run: Run) -> dict[str, Cost]:
+    """Write every merge of the recipe into DIR/merged. Returns the cost of each, without the experts."""
+    store = open_store(run)
+    return {merge.key: write_merge(run, store, merge) for merge in run.recipe.merges}
+
+
+def write_merge(run: Run, store: Any, merge: Merge) -> Cost:
+    from scalemerge.merging import combine_learned, find_method, read_coefficients, write_merged
+
+    folder = run.out / "merged" / merge.key
+    parameters = check_merge(merge, f"merges.{merge.key}")
+    description: dict[str, Any] = {
+        "title": f"{run.recipe.name}: {merge.key}",
+        "base": run.recipe.base.path,
+        "method": merge.method,
+        "experts": {name: str(path.name) for name, path in zip(store.experts, store.folders, strict=True)},
+        "parameters": parameters,
+    }
+    if merge.method == LEARNED:
+        path = run.position_folder / "coefficients.json"
+        if not path.is_file():
+            raise InputError(f"{path}: missing; run 'scalemerge position' first")
+        learned = read_coefficients(path)
+        if learned["experts"] != store.experts:
+            raise InputError(f"{path}: learned for experts {learned['experts']}, not {store.experts}")
+        for name in ("position", "granularity", "lambda", "a", "c", "steps", "seed"):
+            description[name] = learned.get(name)
+        combine = combine_learned(learned)
+    else:
+        method = find_method(merge.method, "merges")
+        description["source"] = method.source
+
+        def combine(name: str, base: Any, task_vectors: Any) -> Any:
+            return method(base, task_vectors, parameters)
+
+    key = merge_key(store, description, merge.dtype)
+    record = folder / "scalemerge.json"
+    if record.is_file():
+        found = read_json(record)
+        if found.get("key") == key:
+            return Cost.from_dict(found["cost"])
+    elif folder.exists():
+        raise InputError(f"{folder}: exists but was not written by scalemerge; move it or give another --out")
+    began = time.monotonic()
+    write_merged(store, folder, combine, description=description, key=key, dtype=merge.dtype)
+    cost = Cost(seconds=time.monotonic() - began)
+    write_json(record, {**read_json(record), "cost": cost.as_dict()})
+    return cost
+
+
+def merge_key(store: Any, description: dict[str, Any], dtype: str | None) -> str:
+    from scalemerge.checkpoints.revision import model_revision
+
+    weights = [model_revision(folder) for folder in (store.base_folder, *store.folders)]
+    text = json.dumps([weights, description, dtype], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ---- evaluation and report ---------------------------------------------------------------------------------------
+
+
+def models(run: Run) -> dict[str, tuple[Path, Cost]]:
+    """Everything to score, with what it cost to make: an expert counts once in every merge that uses it."""
+    from scalemerge.training.loop import DONE
+
+    def trained(folder: Path) -> Cost:
+        return Cost.from_dict(read_json(folder / DONE)["cost"]) if (folder / DONE).is_file() else Cost()
+
+    found = {"base": (run.base_folder(), Cost())}
+    experts = {f"expert:{name}": trained(folder) for name, folder in run.experts.items()}
+    for name, folder in run.experts.items():
+        found[f"expert:{name}"] = (folder, experts[f"expert:{name}"])
+    for name in run.recipe.joint:
+        folder = run.out / "joint" / name
+        found[f"joint:{name}"] = (folder, trained(folder))
+    for merge in run.recipe.merges:
+        folder = run.out / "merged" / merge.key
+        if not (folder / "scalemerge.json").is_file():
+            raise InputError(f"{folder}: the merged model is missing; run 'scalemerge merge' first")
+        own = Cost.from_dict(read_json(folder / "scalemerge.json")["cost"])
+        if merge.method == LEARNED:
+            own = own.plus(Cost.from_dict(read_json(run.position_folder / "cost.json")))
+        found[f"merge:{merge.key}"] = (folder, own.including(experts))
+    return found
+
+
+def evaluate(run: Run) -> None:
+    """Score all models into DIR/results.json; what is scored already is not scored again."""
+    from scalemerge.evaluation.results import record_model
+    from scalemerge.evaluation.scorer import evaluate as score
+
+    assert run.suite is not None
+    for key, (path, cost) in models(run).items():
+        with Progress(f"scoring {key}", len(run.suite.tasks), unit="task") as progress:
+
+            def report(done: int, total: int, name: str, bar: Progress = progress) -> None:
+                bar.advance(done - bar.count)
+
+            scores = score(
+                path,
+                run.suite,
+                model_name=f"{run.recipe.name}-{key.replace(':', '-')}",
+                output_dir=run.out,
+                batch_size=run.recipe.evaluation.batch_size,
+                progress=report,
+                device=_device(),
+            )
+        record_model(run.out / "results.json", run.suite, key, path, scores, cost.as_dict(), device=_device())
+
+
+def report(out: Path, *, detail: bool = False) -> Path:
+    """The table in the terminal and DIR/report.html."""
+    from scalemerge.report.html import write_report
+    from scalemerge.report.reading import read_run
+    from scalemerge.report.tables import print_scores
+
+    print_scores(read_run(out).results, detail=detail)
+    page = write_report(out)
+    say(f"report: {page}")
+    return page
+
+
+def score_folder(model: str, wanted: Evaluation, out: Path, *, name: str | None = None, data: Path | None = None) -> None:
+    """`scalemerge eval`: score one model folder into OUT/results.json and print the table."""
+    from scalemerge.evaluation.results import record_model
+    from scalemerge.evaluation.scorer import evaluate as score
+
+    require_writable(out)
+    folder = data or os.environ.get(DATA_VARIABLE)
+    suite = make_suite(wanted, str(folder) if folder else None)
+    name = name or Path(model).name
+    with Progress(f"scoring {name}", len(suite.tasks), unit="task") as progress:
+        scores = score(
+            model,
+            suite,
+            model_name=name,
+            output_dir=out,
+            batch_size=wanted.batch_size,
+            progress=lambda done, total, task: progress.advance(done - progress.count),
+            device=_device(),
+        )
+    record_model(out / "results.json", suite, f"model:{name}", model, scores, device=_device())
+    for task, points in scores["scores"].items():
+        print(f"{task:24s} {points:6.2f}")
+    print(f"{'mean over types':24s} {scores['mean']:6.2f}")
+
+
+STAGES: dict[str, Callable[[Run], Any]] = {
+    "experts": train_experts,
+    "joint": train_joint,
+    "position": position,
+    "merges": write_merges,
+    "evaluate": evaluate,
+}
+
+
+def run_all(recipe: Recipe, out: Path) -> Path:
+    """All stages in order, then the report. Returns the report's path."""
+    run = prepare(recipe, out)
+    for stage in STAGES.values():
+        stage(run)
+    return report(out)
