@@ -7,10 +7,12 @@ holds the torch reference, which is what the CPU runs; partial sums over row chu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from scalemerge.kernels.merge_weights import accumulation_dtype
 
 
 def coefficient_grad_reference(
@@ -31,11 +33,11 @@ def embedding_coefficient_grad_reference(ids: Tensor, dy: Tensor, task_vectors: 
     ids: [...]; dy: [..., K]; task_vectors: E tensors [V, K]. Returns [E] float64.
     """
     flat = ids.reshape(-1)
-    return inner_products(dy.reshape(len(flat), -1), (task_vector[flat] for task_vector in task_vectors))
+    return inner_products(dy.reshape(len(flat), dy.shape[-1]), (task_vector[flat] for task_vector in task_vectors))
 
 
-def inner_products(gradient: Tensor, task_vectors) -> Tensor:  # type: ignore[no-untyped-def]
-    """<gradient, T_i> for every T_i of the same shape. Returns [E] float64."""
-    flat = gradient.reshape(-1)
+def inner_products(gradient: Tensor, task_vectors: Iterable[Tensor]) -> Tensor:
+    """<gradient, T_i> for every T_i of the same shape, summed in float32 or better. Returns [E] float64."""
+    flat = gradient.reshape(-1).to(accumulation_dtype(gradient.dtype))
     products = [torch.dot(flat, task_vector.reshape(-1).to(flat.dtype)).double() for task_vector in task_vectors]
     return torch.stack(products)

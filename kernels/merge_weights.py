@@ -7,7 +7,7 @@ every T_i, one write. This file holds the torch reference, which is what the CPU
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def merge_weights_reference(
     base: Tensor,
-    task_vectors: Sequence[Tensor],
+    task_vectors: Iterable[Tensor],
     coefficients: Sequence[float],
     start: int = 0,
     stop: int | None = None,
@@ -29,7 +29,8 @@ def merge_weights_reference(
 ) -> Tensor:
     """Rows [start, stop) of W0 + sum_i c_i T_i.
 
-    base: [N, ...]; task_vectors: E tensors of the same shape; coefficients: E numbers.
+    base: [N, ...]; task_vectors: E tensors of the same shape (a generator is read one at a time); coefficients: E
+    numbers.
     out: buffer [stop - start, ...] of the dtype wanted; made in the accumulation dtype when not given.
     """
     stop = base.shape[0] if stop is None else stop

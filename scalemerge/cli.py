@@ -170,7 +170,9 @@ def evaluate(
     fast: Annotated[bool, typer.Option("--fast", help="The small subset of suite shared.")] = False,
     name: Annotated[str | None, typer.Option("--name", help="The model's name in the results.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
-    out: Annotated[Path, typer.Option("--out", help="Folder for results.json and mteb's own files.")] = Path("runs/eval"),
+    out: Annotated[Path, typer.Option("--out", help="Folder for results.json and mteb's own files.")] = Path(
+        "runs/eval"
+    ),
     data: Data = None,
 ) -> None:
     """MTEB scores of any model folder."""
@@ -196,8 +198,6 @@ def report(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a verb, turns errors into one line and an exit code."""
-    import click
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if not Path("/dev/nvidiactl").exists() else "cuda")
     given = sys.argv[1:] if arguments is None else arguments
@@ -209,14 +209,16 @@ def main(arguments: list[str] | None = None) -> None:
         code = result if isinstance(result, int) else 0
     except InputError as error:
         code = _fail(str(error), 2, debug)
-    except click.ClickException as error:
-        where = f" (see '{error.ctx.command_path} --help')" if getattr(error, "ctx", None) else ""
-        code = _fail(" ".join(error.format_message().split()) + where, 2, debug)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         code = _fail("interrupted; run the same command again to continue", 130, debug)
     except OSError as error:
         code = _fail(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1, debug)
     except Exception as error:
+        usage = getattr(error, "format_message", None)  # typer's usage errors, whichever click they come from
+        if callable(usage):
+            context = getattr(error, "ctx", None)
+            where = f" (see '{context.command_path} --help')" if context else ""
+            sys.exit(_fail(f"{usage()}{where}", 2, debug))
         code = _fail(f"{type(error).__name__}: {error} (a bug; --debug shows where)", 1, debug)
     sys.stdout.flush()
     sys.exit(code)

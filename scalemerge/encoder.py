@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class Encoder(nn.Module):
         bounds = [len(order) * part // count for part in range(count + 1)]
         padded = [
             self.pad([features[row] for row in order[start:stop]])
-            for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+            for start, stop in pairwise(bounds)
         ]
         inverse = torch.empty(len(order), dtype=torch.long)
         inverse[torch.tensor(order, dtype=torch.long)] = torch.arange(len(order))
@@ -120,9 +121,7 @@ class Encoder(nn.Module):
         return torch.cat([self.embed(batch) for batch in batches])
 
     @torch.inference_mode()
-    def encode(
-        self, texts: Sequence[str], *, batch_size: int = 64, prompt: str = "", progress: bool = False
-    ) -> Tensor:
+    def encode(self, texts: Sequence[str], *, batch_size: int = 64, prompt: str = "", progress: bool = False) -> Tensor:
         """Embeddings [n, D], float32 on the CPU, in the order of `texts`; evaluation mode, longest texts first."""
         was_training = self.training
         self.eval()
@@ -170,27 +169,42 @@ class Encoder(nn.Module):
         says nothing is pooled by `mean` and normalized. Raises InputError for folders that are no model.
         """
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         folder = local_folder(path)
         described = read_modules(folder)
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            backbone = AutoModel.from_pretrained(
-                folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, **options
+            backbone, loaded = AutoModel.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
             )
-        except InputError:
-            raise
         except Exception as error:  # transformers raises many types for one cause: the folder is no usable model
             reason = str(error).strip().split("\n")[0]
             raise InputError(f"{path}: cannot load a model ({reason}); give a complete model folder") from error
+        if set(tokenizer.get_vocab()) <= set(
+            tokenizer.all_special_tokens
+        ):  # transformers makes one up without its file
+            raise InputError(f"{path}: the tokenizer has no vocabulary; give a folder with its tokenizer.json")
+        missing = sorted(name for name in loaded["missing_keys"] if not name.startswith("pooler."))
+        if missing:  # transformers would fill them with random numbers
+            raise InputError(f"{path}: the weights lack {', '.join(missing[:3])}; give a complete model folder")
         freeze_unused(backbone)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if hasattr(backbone.config, "use_cache"):
             backbone.config.use_cache = False
-        limit = getattr(backbone.config, "max_position_embeddings", None) or 512
-        length = max_length or described.get("max_length") or min(tokenizer.model_max_length, limit, 512)
+        length = max_length or described.get("max_length")
+        if length is None:
+            # a sentence-transformers folder without a length means the tokenizer's; a plain one is cut at 512
+            cut = tokenizer.model_max_length if described else min(tokenizer.model_max_length, 512)
+            length = min(cut, position_limit(backbone))
         encoder = cls(
             backbone,
             tokenizer,
@@ -218,6 +232,14 @@ class Encoder(nn.Module):
             max_length=self.max_length,
             prompts=self.prompts,
         )
+
+
+def position_limit(backbone: nn.Module) -> int:
+    """How many tokens the backbone has positions for; RoBERTa's kind counts them from padding_idx + 1."""
+    count = getattr(backbone.config, "max_position_embeddings", None) or 512
+    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    offset = getattr(table, "padding_idx", None)
+    return int(count) - (0 if offset is None else offset + 1)
 
 
 def freeze_unused(backbone: nn.Module) -> None:
@@ -254,17 +276,20 @@ def package_folder(reference: str) -> Path:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"{reference}: package '{name}' is not installed; pip install {name.replace('_', '-')}")
-    folder = Path(list(spec.submodule_search_locations)[0]) / inside
+    folder = Path(next(iter(spec.submodule_search_locations))) / inside
     if not folder.is_dir():
         raise InputError(f"{reference}: package '{name}' has no folder '{inside}'")
     return folder
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, kind: type = dict) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); restore the file") from None
+    if not isinstance(content, kind):
+        raise InputError(f"{path}: holds no JSON {'object' if kind is dict else 'list'}; restore the file")
+    return content
 
 
 def read_modules(folder: str | Path) -> dict[str, Any]:
@@ -274,7 +299,9 @@ def read_modules(folder: str | Path) -> dict[str, Any]:
     if not (folder / "modules.json").is_file():
         return described
     described["normalize"] = False
-    for module in _read_json(folder / "modules.json"):
+    for module in _read_json(folder / "modules.json", list):
+        if not isinstance(module, dict) or not isinstance(module.get("path"), str):
+            raise InputError(f"{folder / 'modules.json'}: a module has no path; restore the file")
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if kind == "Normalize":
             described["normalize"] = True
@@ -286,19 +313,29 @@ def read_modules(folder: str | Path) -> dict[str, Any]:
     for name in ("sentence_bert_config.json", "sentence_transformer_config.json"):
         if (folder / name).is_file():
             length = _read_json(folder / name).get("max_seq_length")
+            if length is not None and (not isinstance(length, int) or length < 2):
+                raise InputError(f"{folder / name}: max_seq_length is {length!r}; give a whole number of tokens")
             if length:
-                described["max_length"] = int(length)
+                described["max_length"] = length
     if (folder / "config_sentence_transformers.json").is_file():
         prompts = _read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
+        if not isinstance(prompts, dict):
+            raise InputError(
+                f"{folder / 'config_sentence_transformers.json'}: 'prompts' is no object; restore the file"
+            )
         described["prompts"] = {key: value for key, value in prompts.items() if value}
     return described
 
 
 def _read_pooling(path: Path) -> str:
     config = _read_json(path)
+    if config.get("include_prompt") is False:
+        raise InputError(f"{path}: include_prompt: false is not supported; only pooling over the prompt as well is")
     mode = config.get("pooling_mode")
     if isinstance(mode, str):
         chosen = [{"lasttoken": "last", "last_token": "last"}.get(mode, mode)]
+    elif mode is not None:
+        chosen = list(mode) if isinstance(mode, list) else [mode]
     else:
         flags = {flag: name for name, flag in _POOLING_FLAGS.items()}
         chosen = [flags.get(key, key) for key, on in config.items() if key.startswith("pooling_mode") and on is True]

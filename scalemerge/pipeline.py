@@ -71,7 +71,8 @@ class Run:
             raise InputError(f"base.path: '{path}' is no folder and no reachable hub model ({reason[:150]})") from error
 
     def save_recipe(self) -> None:
-        write_text(self.out / "recipe.yaml", dump_recipe(self.recipe))
+        if os.environ.get("RANK", "0") == "0":
+            write_text(self.out / "recipe.yaml", dump_recipe(self.recipe))
 
 
 # ---- prepare -----------------------------------------------------------------------------------------------------
@@ -150,9 +151,7 @@ def train_experts(run: Run) -> dict[str, Cost]:
 def train_joint(run: Run) -> dict[str, Cost]:
     from scalemerge.training import joint_job, train
 
-    return {
-        name: train(joint_job(run.recipe, run.data, name), run.out / "joint" / name) for name in run.recipe.joint
-    }
+    return {name: train(joint_job(run.recipe, run.data, name), run.out / "joint" / name) for name in run.recipe.joint}
 
 
 # ---- positioning -------------------------------------------------------------------------------------------------
@@ -178,7 +177,9 @@ def position_key(run: Run, store: Any) -> str:
         "weights": [model_revision(folder) for folder in (store.base_folder, *store.folders)],
         "experts": store.experts,
         "probe": manifest(run.data, run.recipe.probe),
-        "texts": {name: [hash_rows(data.probe.texts), hash_rows(data.validation.texts)] for name, data in run.data.items()},
+        "texts": {
+            name: [hash_rows(data.probe.texts), hash_rows(data.validation.texts)] for name, data in run.data.items()
+        },
         "tasks": {
             name: task.model_dump(include={"kind", "loss", "prompts"}) for name, task in run.recipe.tasks.items()
         },
@@ -357,7 +358,9 @@ def report(out: Path, *, detail: bool = False) -> Path:
     return page
 
 
-def score_folder(model: str, wanted: Evaluation, out: Path, *, name: str | None = None, data: Path | None = None) -> None:
+def score_folder(
+    model: str, wanted: Evaluation, out: Path, *, name: str | None = None, data: Path | None = None
+) -> None:
     """`scalemerge eval`: score one model folder into OUT/results.json and print the table."""
     from scalemerge.evaluation.results import record_model
     from scalemerge.evaluation.scorer import evaluate as score

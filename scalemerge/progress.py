@@ -61,7 +61,8 @@ class Progress:
         elapsed = time.monotonic() - self.start
         done = self.count - self.started_at_count
         left = elapsed / done * (self.total - self.count) if done else float("nan")
-        say(f"{self.description}: {self.count}/{self.total} {self.unit}s, {elapsed:.0f} s, ETA {left:.0f} s  {self.note}")
+        times = f"{elapsed:.0f} s, ETA {left:.0f} s"
+        say(f"{self.description}: {self.count}/{self.total} {self.unit}s, {times}  {self.note}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

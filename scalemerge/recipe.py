@@ -25,7 +25,9 @@ TaskKind = Literal["pairs", "triplets", "scored_pairs", "labelled_texts", "retri
 class _Section(BaseModel):
     """A part of the recipe: unknown keys are refused, with the nearest known key as the remedy."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", populate_by_name=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -200,9 +202,10 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        for kind, names in (("tasks", list(self.tasks)), ("joint", list(self.joint))):
+        merges = [merge.key for merge in self.merges]
+        for kind, names in (("tasks", list(self.tasks)), ("joint", list(self.joint)), ("merges", merges)):
             for name in names:
-                if not name or any(c in name for c in "/\\:") or name.startswith("."):
+                if not name or any(c in name for c in "/\\:") or name.startswith(".") or not name.isprintable():
                     raise ValueError(f"{kind}: '{name}' must be usable as a folder name")
         if self.positioning.order is not None and sorted(self.positioning.order) != sorted(self.tasks):
             raise ValueError(f"positioning.order must name each task once: {', '.join(self.tasks)}")
@@ -212,12 +215,11 @@ class Recipe(_Section):
             self._merged_training(task.training, f"tasks.{name}.training")
         for name, joint in self.joint.items():
             self._merged_training(joint.training, f"joint.{name}.training")
-            for task in joint.weights or {}:
-                if task not in self.tasks:
-                    raise ValueError(f"joint.{name}.weights names '{task}', which is no task")
-        keys = [merge.key for merge in self.merges]
-        for key in keys:
-            if keys.count(key) > 1:
+            for weighted in joint.weights or {}:
+                if weighted not in self.tasks:
+                    raise ValueError(f"joint.{name}.weights names '{weighted}', which is no task")
+        for key in merges:
+            if merges.count(key) > 1:
                 raise ValueError(f"merges: '{key}' appears twice; give each a 'name'")
         return self
 
@@ -251,7 +253,7 @@ def read_yaml(path: Path) -> Any:
         raise InputError(f"{path}: the recipe is not UTF-8 text; give the path of a YAML file") from None
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # besides YAMLError, odd tags raise KeyError, IndexError, AttributeError ...
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         raise InputError(

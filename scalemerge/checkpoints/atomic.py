@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,14 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        remove_quietly(temporary)
         raise explain_os_error(error, path) from None
+
+
+def remove_quietly(path: Path) -> None:
+    """Remove a file if it is there and can be removed: tidying up must not hide the error that led to it."""
+    with suppress(OSError):
+        path.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -62,7 +69,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the right folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); delete it and run the stage again") from None
 
 
@@ -81,13 +88,11 @@ def new_folder(final: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        old = final.with_name(f"{final.name}{PARTIAL}-old")
         if final.exists():
-            old = final.with_name(f"{final.name}{PARTIAL}-old")
             shutil.rmtree(old, ignore_errors=True)
             os.replace(final, old)
-            os.replace(temporary, final)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, final)
+        os.replace(temporary, final)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise explain_os_error(error, final) from None

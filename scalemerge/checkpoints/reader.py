@@ -63,10 +63,14 @@ class Checkpoint:
         self._stored: dict[str, tuple[Path, str]] = {}
         self.specs: dict[str, TensorSpec] = {}
         self._handles: dict[Path, safe_open] = {}
+        self._promised: dict[str, str] = {}
         found: dict[str, Path] = {}
         for file in self._files():
-            for stored in self._open(file).keys():
+            for stored in self._open(file).keys():  # noqa: SIM118
                 found[stored] = file
+        for stored, name in self._promised.items():
+            if stored not in found:
+                raise InputError(f"{self.folder / name}: lacks tensor '{stored}' that {INDEX} names; copy it again")
         if not found:
             raise InputError(f"{self.folder}: the safetensors files hold no tensors; give a complete model folder")
         prefix = self._prefix(found)
@@ -84,9 +88,13 @@ class Checkpoint:
     def _files(self) -> list[Path]:
         if (self.folder / INDEX).is_file():
             index = read_json(self.folder / INDEX)
-            names = sorted(set(index.get("weight_map", {}).values())) if isinstance(index, dict) else []
+            shards = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+                raise InputError(f"{self.folder / INDEX}: has no weight_map of tensor names to files; copy it again")
+            names = sorted(set(shards.values()))
+            self._promised = dict(shards)
             for name in names:
-                if Path(name).name != name:
+                if Path(name).name != name or "\0" in name:
                     raise InputError(f"{self.folder / INDEX}: shard '{name}' is outside the folder; mend the index")
                 if not (self.folder / name).is_file():
                     raise InputError(f"{self.folder / name}: shard named in {INDEX} is missing; copy it again")
@@ -110,8 +118,10 @@ class Checkpoint:
         if not (self.folder / "config.json").is_file():
             return ""
         config = read_json(self.folder / "config.json")
+        if not isinstance(config, dict):
+            raise InputError(f"{self.folder / 'config.json'}: holds no JSON object; copy it again")
         architectures = config.get("architectures") or []
-        if not architectures or architectures[0].endswith("Model"):
+        if not isinstance(architectures, list) or not architectures or str(architectures[0]).endswith("Model"):
             return ""
         for prefix in ("model.", f"{config.get('model_type', '')}.".replace("-", "_"), "roberta.", "bert."):
             if any(name.startswith(prefix) for name in found):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scalemerge.checkpoints.atomic import PARTIAL, explain_os_error
+from scalemerge.checkpoints.atomic import PARTIAL, explain_os_error, remove_quietly
 from scalemerge.checkpoints.reader import DTYPES, TensorSpec
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -64,4 +64,4 @@ def write_safetensors(
     except OSError as error:
         raise explain_os_error(error, path) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        remove_quietly(temporary)

@@ -48,11 +48,12 @@ def _one_pass(rows: TaskRows, generator: random.Random, samples_per_label: int) 
     labels = list(rows.data["label"])
     for row in order:
         by_label[labels[row]].append(row)
-    clumps = [
-        members[start : start + samples_per_label]
-        for _, members in sorted(by_label.items())
-        for start in range(0, len(members), samples_per_label)
-    ]
+    clumps: list[list[int]] = []
+    for _, members in sorted(by_label.items()):
+        parts = [members[start : start + samples_per_label] for start in range(0, len(members), samples_per_label)]
+        if len(parts) > 1 and len(parts[-1]) == 1:  # a text alone has no positive
+            parts[-2:] = [parts[-2] + parts[-1]]
+        clumps += parts
     generator.shuffle(clumps)
     return [row for clump in clumps for row in clump]
 
@@ -103,7 +104,8 @@ def mixing_weights(
         raw = {task: float(weights.get(task, 0.0)) for task in sizes}
     else:
         limits = {task: min(x for x in (size, cap, (caps or {}).get(task)) if x) for task, size in sizes.items()}
-        raw = {task: float(limit) ** alpha for task, limit in limits.items()}
+        largest = max(limits.values())
+        raw = {task: (limit / largest) ** alpha for task, limit in limits.items()}  # relative: no overflow
     total = sum(raw.values())
     if not total > 0 or any(value < 0 for value in raw.values()):
         raise InputError("joint: the mixing weights must be positive for at least one task and negative for none")

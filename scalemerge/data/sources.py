@@ -6,9 +6,11 @@ has been checked: the columns are there, texts are texts, scores are finite numb
 
 from __future__ import annotations
 
+import gzip
 import math
 import os
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from scalemerge.errors import InputError
 from scalemerge.recipe import DATA_VARIABLE, Source
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 #: roles of each task kind: the texts first, then the target
 TEXT_ROLES = {
@@ -63,36 +65,71 @@ def load_rows(source: Source, kind: str, *, data: str | None = None) -> Dataset:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or every local file is announced to the hub: seconds offline
     where = resolve_path(source, data)
     if kind == "retrieval" and Path(where).is_dir():
         rows: Any = _retrieval_rows(Path(where), source.split)
     else:
         rows = _open(where, source)
-    if not source.streaming:
-        rows = rows.add_column("row", list(range(len(rows)))) if "row" not in rows.column_names else rows
-    for column, values in source.where.items():
-        if column not in (rows.column_names or []):
-            raise InputError(f"{where}: no column '{column}' to filter by; it has {', '.join(rows.column_names or [])}")
-        allowed = set(values)
-        rows = rows.filter(lambda value, allowed=allowed: value in allowed, input_columns=column)
-    if source.streaming:
-        rows = _take(rows, source, where)
-    elif source.limit is not None and len(rows) > source.limit:
-        rows = rows.shuffle(seed=0).select(range(source.limit))
-    rows = _canonical(rows, source, kind, where)
+    try:
+        if isinstance(rows, datasets.IterableDataset):
+            rows = _take(rows, source, where)
+        else:
+            rows = _choose(rows, source, where)
+        rows = _canonical(rows, source, kind, where)
+    except UnicodeDecodeError:
+        raise InputError(f"{where}: holds text that is not UTF-8; convert the file") from None
     if not len(rows):
         raise InputError(f"{where}: no rows (split '{source.split}', filter {source.where or 'none'}); give a data set "
                          "that is not empty")  # fmt: skip
     return rows
 
 
-def _take(rows: Any, source: Source, where: str) -> Dataset:
+def _choose(rows: Dataset, source: Source, where: str) -> Dataset:
+    """The rows that pass `where`, at most `limit` of them: a fixed sample. Adds the row numbers."""
+    if "row" not in rows.column_names:
+        rows = rows.add_column("row", list(range(len(rows))))
+    for column, values in source.where.items():
+        _check_filter(column, rows.column_names, where)
+        rows = rows.filter(lambda value, allowed=values: value in allowed, input_columns=column)
+    if source.limit is not None and len(rows) > source.limit:
+        rows = rows.shuffle(seed=0).select(range(source.limit))
+    return rows
+
+
+def _take(stream: IterableDataset, source: Source, where: str) -> Dataset:
+    """The first `limit` rows of a stream that pass `where`."""
     from datasets import Dataset
 
-    taken = [{"row": number, **row} for number, row in enumerate(rows.take(source.limit))]
+    taken: list[dict[str, Any]] = []
+    try:
+        for number, row in enumerate(stream):
+            for column in source.where:
+                _check_filter(column, list(row), where)
+            if all(row[column] in values for column, values in source.where.items()):
+                taken.append({"row": number, **row})
+            if len(taken) == source.limit:
+                break
+    except InputError:
+        raise
+    except Exception as error:  # a stream is read here, not when it is opened
+        raise _unreadable(where, error) from error
     if not taken:
-        raise InputError(f"{where}: the stream holds no rows; give a data set that is not empty")
+        raise InputError(f"{where}: the stream holds no rows (filter {source.where or 'none'}); give a data set that "
+                         "is not empty")  # fmt: skip
     return Dataset.from_list(taken)
+
+
+def _check_filter(column: str, names: list[str], where: str) -> None:
+    if column not in names:
+        found = ", ".join(name for name in names if name != "row")
+        raise InputError(f"{where}: no column '{column}' to filter by; it has {found}")
+
+
+def _unreadable(where: str, error: Exception) -> InputError:
+    cause = error.__cause__ or error
+    reason = str(cause).strip().split("\n")[0] or type(cause).__name__
+    return InputError(f"{where}: cannot be read as a data set ({reason[:200]}); mend the file or its path")
 
 
 def _open(where: str, source: Source) -> Any:
@@ -113,8 +150,7 @@ def _open(where: str, source: Source) -> Any:
     except InputError:
         raise
     except Exception as error:  # datasets raises many types for one cause: the rows cannot be read
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
-        raise InputError(f"{where}: cannot be read as a data set ({reason[:200]}); mend the file or its path") from error
+        raise _unreadable(where, error) from error
 
 
 def _format(file: Path) -> str:
@@ -132,7 +168,9 @@ def _files(where: str, split: str) -> list[Path] | None:
         files = [path]
     elif path.is_dir():
         files = sorted(
-            file for ending in _FORMATS for file in (*path.glob(f"{split}*{ending}"), *path.glob(f"{split}*{ending}.gz"))
+            file
+            for ending in _FORMATS
+            for file in (*path.glob(f"{split}*{ending}"), *path.glob(f"{split}*{ending}.gz"))
         )
         if not files:
             present = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
@@ -142,11 +180,22 @@ def _files(where: str, split: str) -> list[Path] | None:
     else:
         return None
     for file in files:
-        if file.stat().st_size == 0:
+        if _is_empty(file):
             raise InputError(f"{file}: the data set is empty; give a file with rows")
         if not os.access(file, os.R_OK):
             raise InputError(f"{file}: not readable; change its permissions")
     return files
+
+
+def _is_empty(file: Path) -> bool:
+    """Nothing inside, or nothing inside the gzip."""
+    if file.suffix != ".gz":
+        return file.stat().st_size == 0
+    try:
+        with gzip.open(file) as stream:
+            return not stream.read(1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{file}: not a whole gzip file ({error}); copy it again") from None
 
 
 def _retrieval_rows(folder: Path, split: str) -> Dataset:
@@ -158,15 +207,19 @@ def _retrieval_rows(folder: Path, split: str) -> Dataset:
             for candidate in (folder / name, folder / f"{name}.gz"):
                 if candidate.is_file():
                     return candidate
-        raise InputError(f"{folder / names[0]}: missing; a retrieval folder has corpus, queries and qrels for '{split}'")
+        raise InputError(
+            f"{folder / names[0]}: missing; a retrieval folder has corpus, queries and qrels for '{split}'"
+        )
 
     def texts(path: Path) -> dict[str, str]:
         rows = _open(str(path), Source(path=str(path)))
         if not {"_id", "text"} <= set(rows.column_names):
             raise InputError(f"{path}: needs the columns _id and text; found {', '.join(rows.column_names)}")
+        _check_texts(list(rows["text"]), range(len(rows)), "text", str(path))
         titles = rows["title"] if "title" in rows.column_names else [""] * len(rows)
         return {
-            str(key): f"{title} {text}".strip() for key, title, text in zip(rows["_id"], titles, rows["text"], strict=True)
+            str(key): f"{title or ''} {text}".strip()
+            for key, title, text in zip(rows["_id"], titles, rows["text"], strict=True)
         }
 
     corpus = texts(table("corpus.jsonl"))
@@ -175,8 +228,9 @@ def _retrieval_rows(folder: Path, split: str) -> Dataset:
     qrels = _open(str(qrels_path), Source(path=str(qrels_path)))
     if not {"query-id", "corpus-id", "score"} <= set(qrels.column_names):
         raise InputError(f"{qrels_path}: needs the header query-id, corpus-id, score; found {qrels.column_names}")
+    scores = _scores(list(qrels["score"]), range(len(qrels)), "score", str(qrels_path))
     pairs: dict[str, list[str]] = {"query": [], "positive": []}
-    for query, document, score in zip(qrels["query-id"], qrels["corpus-id"], qrels["score"], strict=True):
+    for query, document, score in zip(qrels["query-id"], qrels["corpus-id"], scores, strict=True):
         if score > 0 and str(query) in queries and str(document) in corpus:
             pairs["query"].append(queries[str(query)])
             pairs["positive"].append(corpus[str(document)])
@@ -189,20 +243,20 @@ def _canonical(rows: Dataset, source: Source, kind: str, where: str) -> Dataset:
     if target:
         columns[target] = _column(rows, source, target, where)
     table: dict[str, list[Any]] = {role: list(rows[column]) for role, column in columns.items()}
+    numbers = list(rows["row"])
     for role in TEXT_ROLES[kind]:
-        _check_texts(table[role], columns[role], where)
+        _check_texts(table[role], numbers, columns[role], where)
     if kind == "triplets":
-        table["negatives"] = _negatives(rows, source, where)
+        table["negatives"] = _negatives(rows, source, numbers, where)
     if target == "score":
-        table["score"] = _scores(table["score"], columns["score"], where)
+        table["score"] = _scores(table["score"], numbers, columns["score"], where)
     elif target == "label":
-        if any(value is None for value in table["label"]):
-            raise InputError(f"{where}: row {table['label'].index(None)}: '{columns['label']}' is missing; label it")
+        for number, value in zip(numbers, table["label"], strict=True):
+            if value is None:
+                raise InputError(f"{where}: row {number}: '{columns['label']}' is missing; label it")
         table["label"] = [str(value) for value in table["label"]]
-    table["row"] = list(rows["row"])
-    keep = [
-        index for index in range(len(table["row"])) if all(table[role][index].strip() for role in TEXT_ROLES[kind])
-    ]
+    table["row"] = numbers
+    keep = [index for index in range(len(table["row"])) if all(table[role][index].strip() for role in TEXT_ROLES[kind])]
     from datasets import Dataset
 
     if len(keep) < len(table["row"]):
@@ -221,28 +275,35 @@ def _column(rows: Dataset, source: Source, role: str, where: str) -> str:
     )
 
 
-def _check_texts(values: Iterable[Any], column: str, where: str) -> None:
-    for index, value in enumerate(values):
+def _check_texts(values: Iterable[Any], numbers: Iterable[int], column: str, where: str) -> None:
+    for number, value in zip(numbers, values, strict=True):
         if not isinstance(value, str):
-            raise InputError(f"{where}: row {index}: '{column}' is {value!r}, not a text; mend the row")
+            raise InputError(f"{where}: row {number}: '{column}' is {value!r}, not a text; mend the row")
 
 
-def _scores(values: list[Any], column: str, where: str) -> list[float]:
-    for index, value in enumerate(values):
+def _scores(values: list[Any], numbers: Iterable[int], column: str, where: str) -> list[float]:
+    for number, value in zip(numbers, values, strict=True):
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{where}: row {index}: '{column}' is {value!r}, not a number; give numeric scores")
+            raise InputError(f"{where}: row {number}: '{column}' is {value!r}, not a number; give numeric scores")
         if not math.isfinite(value):
-            raise InputError(f"{where}: row {index}: '{column}' is {value}; give finite scores")
+            raise InputError(f"{where}: row {number}: '{column}' is {value}; give finite scores")
     return [float(value) for value in values]
 
 
-def _negatives(rows: Dataset, source: Source, where: str) -> list[list[str]]:
+def _negatives(rows: Dataset, source: Source, numbers: Sequence[int], where: str) -> list[list[str]]:
     numbered = sorted(name for name in rows.column_names if name.startswith("negative_"))
+    lists: list[list[str]] = []
     if numbered and "negatives" not in source.columns:
-        lists = [[value for value in values if value] for values in zip(*(rows[name] for name in numbered), strict=True)]
+        column = "negative_*"
+        given: list[Any] = [
+            [value for value in values if value] for values in zip(*(rows[name] for name in numbered), strict=True)
+        ]
     else:
         column = _column(rows, source, "negatives", where)
-        lists = [[value] if isinstance(value, str) else list(value or []) for value in rows[column]]
-    for index, values in enumerate(lists):
-        _check_texts(values, f"negatives of row {index}", where)
+        given = list(rows[column])
+    for number, values in zip(numbers, given, strict=True):
+        if values is not None and not isinstance(values, str | list):
+            raise InputError(f"{where}: row {number}: '{column}' is {values!r}, not a list of texts; mend the row")
+        lists.append([values] if isinstance(values, str) else list(values or []))
+        _check_texts(lists[-1], [number] * len(lists[-1]), column, where)
     return lists

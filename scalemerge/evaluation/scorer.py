@@ -21,11 +21,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
-from scalemerge.errors import InputError
-from scalemerge.evaluation.definitions import EvaluationTask, Suite
-from scalemerge.evaluation.reading import fingerprint
 from scalemerge.checkpoints.revision import model_revision
-from scalemerge.evaluation.definitions import mteb_name
+from scalemerge.errors import InputError
+from scalemerge.evaluation.definitions import EvaluationTask, Suite, mteb_name
+from scalemerge.evaluation.reading import fingerprint
 from scalemerge.evaluation.suites import check
 
 if TYPE_CHECKING:

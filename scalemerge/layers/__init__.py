@@ -1,6 +1,6 @@
 """The merge layers: weights W0 + sum_i c_i T_i inside the forward pass, with exact gradients for c.
 
-    from scalemerge.layers import MergedLinear, attach, detach
+from scalemerge.layers import MergedLinear, attach, detach
 """
 
 from scalemerge.layers.attach import attach, detach

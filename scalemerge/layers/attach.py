@@ -1,7 +1,8 @@
 """Put merged layers into a transformers model, and take them out again.
 
 `attach` replaces every module that has a task vector; modules whose task vectors are all absent stay as they are. The
-base weights stay where they are (no copy); tied weights stay tied and their task vectors are held once.
+base weights stay where they are (no copy). Tied weights stay tied, whether two names share a module or two modules a
+parameter: every place gets the task vectors and the coefficients of the first name given, held once.
 """
 
 from __future__ import annotations
@@ -25,17 +26,24 @@ def attach(
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules(remove_duplicate=False))
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        names_of.setdefault(id(parameter), []).append(name)
     by_module: dict[str, dict[str, list[Tensor]]] = {}
+    placed: set[int] = set()
     for name, vectors in task_vectors.items():
         if name not in parameters:
             raise ValueError(f"the model has no parameter '{name}'; were the task vectors made from another base?")
         if name not in coefficients.rows:
             raise ValueError(f"no coefficients for '{name}'")
-        module_name, _, parameter = name.rpartition(".")
-        by_module.setdefault(module_name, {})[parameter] = [
-            vector.to(parameters[name].device) if vector.device != parameters[name].device else vector
-            for vector in vectors
-        ]
+        if id(parameters[name]) in placed:
+            continue
+        placed.add(id(parameters[name]))
+        here = [vector.to(parameters[name].device) for vector in vectors]
+        for alias in names_of[id(parameters[name])]:
+            coefficients.rows[alias] = coefficients.rows[name]
+            module_name, _, own_name = alias.rpartition(".")
+            by_module.setdefault(module_name, {})[own_name] = here
     if "" in by_module:
         raise ValueError("parameters directly on the model cannot be merged; wrap the model in a module")
     model.requires_grad_(False)
@@ -54,11 +62,12 @@ def attach(
 def detach(model: nn.Module) -> nn.Module:
     """The plain model again, in place, with the merged weights at the present coefficients."""
     restored: dict[int, nn.Module] = {}
+    written: set[int] = set()
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if isinstance(child, MergedLayer):
                 if id(child) not in restored:
-                    restored[id(child)] = child.restore()
+                    restored[id(child)] = child.restore(written)
                 module._modules[name] = restored[id(child)]
     return model
 

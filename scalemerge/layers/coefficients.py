@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+
 class Coefficients:
     """The current c [G, E] and the row of every tensor. Not a module: what is learned is the position behind it."""
 
@@ -31,4 +32,4 @@ class Coefficients:
     @classmethod
     def uniform(cls, names: Iterable[str], value: Tensor) -> Coefficients:
         """One set of coefficients [E] for all tensors."""
-        return cls({name: 0 for name in names}, torch.atleast_2d(value))
+        return cls(dict.fromkeys(names, 0), torch.atleast_2d(value))

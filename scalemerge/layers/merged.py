@@ -20,16 +20,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from scalemerge.kernels.coefficient_grad import coefficient_grad_reference, embedding_coefficient_grad_reference
-from scalemerge.kernels.merge_weights import merge_weights_reference
+from scalemerge.kernels.merge_weights import accumulation_dtype, merge_weights_reference
 from scalemerge.layers.coefficients import Coefficients
 
 DEFAULT_CHUNK_BYTES = 4 * 2**20
 
 
-def _chunks(rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+def _chunks(base: Tensor, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that fill `chunk_bytes` in the dtype they are merged in."""
+    row_bytes = base[0].numel() * accumulation_dtype(base.dtype).itemsize
     step = max(1, chunk_bytes // max(1, row_bytes))
-    for start in range(0, rows, step):
-        yield start, min(rows, start + step)
+    for start in range(0, base.shape[0], step):
+        yield start, min(base.shape[0], start + step)
 
 
 class _MergedLinearFunction(torch.autograd.Function):
@@ -43,7 +45,7 @@ class _MergedLinearFunction(torch.autograd.Function):
         values = coefficients.detach().tolist()
         y = flat.new_empty(len(flat), base.shape[0])
         with torch.autocast(device, enabled=False):
-            for start, stop in _chunks(base.shape[0], base[0].nbytes, chunk_bytes):
+            for start, stop in _chunks(base, chunk_bytes):
                 weight = merge_weights_reference(base, task_vectors, values, start, stop).to(dtype)
                 torch.mm(flat, weight.T, out=y[:, start:stop])
         ctx.save_for_backward(flat)
@@ -54,12 +56,12 @@ class _MergedLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (flat,) = ctx.saved_tensors
-        dy = gradients[0].reshape(len(flat), -1).to(flat.dtype)
+        dy = gradients[0].reshape(len(flat), ctx.base.shape[0]).to(flat.dtype)
         need_x, need_c = ctx.needs_input_grad[:2]
         dx = torch.zeros_like(flat) if need_x else None
         dc = torch.zeros(len(ctx.values), dtype=torch.float64, device=flat.device) if need_c else None
         with torch.autocast(flat.device.type, enabled=False):
-            for start, stop in _chunks(ctx.base.shape[0], ctx.base[0].nbytes, ctx.chunk_bytes):
+            for start, stop in _chunks(ctx.base, ctx.chunk_bytes):
                 if dx is not None:
                     weight = merge_weights_reference(ctx.base, ctx.task_vectors, ctx.values, start, stop)
                     dx.addmm_(dy[:, start:stop], weight.to(flat.dtype))
@@ -77,8 +79,7 @@ class _MergedLinearFunction(torch.autograd.Function):
 class _MergedEmbeddingFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, coefficients: Tensor, base: Tensor, task_vectors: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
-        rows = base[ids]
-        merged = merge_weights_reference(rows, [vector[ids] for vector in task_vectors], coefficients.tolist())
+        merged = merge_weights_reference(base[ids], (vector[ids] for vector in task_vectors), coefficients.tolist())
         ctx.save_for_backward(ids)
         ctx.task_vectors, ctx.coefficient_dtype = task_vectors, coefficients.dtype
         return merged.to(base.dtype)
@@ -125,21 +126,28 @@ class MergedLayer(nn.Module):
         return self.original.get_parameter("weight")
 
     def merged(self, parameter: str) -> Tensor:
-        """A small parameter (bias, norm weight) as W(c), differentiable in c through plain autograd."""
+        """A small parameter (bias, norm weight) as W(c) in its own dtype, differentiable in c through plain autograd.
+
+        Summed like the large ones: in float32 or better, rounded once.
+        """
         base = self.original.get_parameter(parameter)
         if parameter not in self.task_vectors:
             return base
-        total = base
-        values = self.coefficients.of(f"{self.name}.{parameter}")
-        for index, vector in enumerate(self.task_vectors[parameter]):
-            total = total + values[index].to(vector.dtype) * vector
-        return total
+        dtype = accumulation_dtype(base.dtype)
+        total = base.to(dtype)
+        values = self.coefficients.of(f"{self.name}.{parameter}").to(dtype)
+        for value, vector in zip(values, self.task_vectors[parameter], strict=True):
+            total = total + value * vector.to(dtype)
+        return total.to(base.dtype)
 
     @torch.no_grad()
-    def restore(self) -> nn.Module:
-        """The plain module, with the merged weights written into it."""
+    def restore(self, written: set[int]) -> nn.Module:
+        """The plain module, with the merged weights written into it, but for parameters already `written` (by id)."""
         for parameter, vectors in self.task_vectors.items():
             weight = self.original.get_parameter(parameter)
+            if id(weight) in written:
+                continue
+            written.add(id(weight))
             values = self.coefficients.of(f"{self.name}.{parameter}").tolist()
             weight.copy_(merge_weights_reference(weight, vectors, values))
         return self.original
@@ -156,7 +164,7 @@ class MergedLinear(MergedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], in x's dtype or the autocast one."""
-        weight, bias = self.original.weight, self.original.bias
+        weight, bias = self.weight, self.original.bias
         if "weight" in self.task_vectors:
             values = self.coefficients.of(f"{self.name}.weight")
             y = _MergedLinearFunction.apply(x, values, weight, self.task_vectors["weight"], self.chunk_bytes)

@@ -26,7 +26,7 @@ def merge_folders(
     """Write the merged folder `out`. Returns the share of the delta that survived the stored dtype."""
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not empty; give another --out")
     require_writable(out.parent)
     store = TaskVectorStore(local_folder(base), experts)

@@ -22,6 +22,8 @@ def read_coefficients(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: needs granularity, experts and c; make it with 'scalemerge position'")
     if content["granularity"] not in GRANULARITIES:
         raise InputError(f"{path}: granularity {content['granularity']!r} is not one of {', '.join(GRANULARITIES)}")
+    if not isinstance(content["c"], dict) or not isinstance(content["experts"], list):
+        raise InputError(f"{path}: 'experts' must be a list and 'c' a mapping; make it with 'scalemerge position'")
     for group, values in content["c"].items():
         numbers = isinstance(values, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
         if not numbers or len(values) != len(content["experts"]):

@@ -25,6 +25,7 @@ from scalemerge.task_vectors import TaskVectorStore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "scalemerge.json"
+_BLOCK = 2**20  # elements that are compared at a time
 _NOT_CARRIED = {"README.md", RECORD, "training.jsonl", ".gitattributes"}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack", ".index.json")
 
@@ -92,10 +93,12 @@ class _Survival:
         self.along = self.square = 0.0
 
     def add(self, base: Tensor, merged: Tensor, stored: Tensor) -> None:
-        delta = merged.double() - base.double()
-        kept = stored.double() - base.to(stored.dtype).double()
-        self.along += float((kept * delta).sum())
-        self.square += float(delta.square().sum())
+        blocks = (tensor.reshape(-1).split(_BLOCK) for tensor in (base, merged, stored))
+        for w0, exact, rounded in zip(*blocks, strict=True):
+            delta = exact.double() - w0.double()
+            kept = rounded.double() - w0.to(rounded.dtype).double()
+            self.along += float(torch.dot(kept, delta))
+            self.square += float(torch.dot(delta, delta))
 
     @property
     def share(self) -> float:

@@ -7,6 +7,7 @@ A loss is a plain function of embeddings by role (query, positive, negatives, se
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +29,16 @@ def check_parameters(name: str, parameters: dict[str, Any], where: str) -> None:
     for key, value in parameters.items():
         if key not in settings:
             raise InputError(f"{where}: loss '{name}' has no parameter '{key}'; it has {', '.join(settings)}")
-        if key in ("temperature", "scale") and not (isinstance(value, int | float) and value > 0):
+        if key in ("temperature", "scale") and not (_is_number(value) and value > 0):
             raise InputError(f"{where}: '{key}' must be a positive number, not {value!r}")
+        if key == "margin" and not (value is None or _is_number(value)):
+            raise InputError(f"{where}: 'margin' must be a number or null, not {value!r}")
+        if key == "symmetric" and not isinstance(value, bool):
+            raise InputError(f"{where}: 'symmetric' must be true or false, not {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def compute_loss(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from torch import Tensor
 
@@ -62,7 +62,7 @@ def batch_losses(
     embeddings: list[dict[str, Tensor]] = [{} for _ in batches]
     start = 0
     for number, role, bounds in parts:
-        counts = [stop - begin for begin, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+        counts = [stop - begin for begin, stop in pairwise(bounds)]
         mine = local[start : start + counts[rank]]
         start += counts[rank]
         embeddings[number][role] = gather_rows(mine, counts, rank) if world > 1 else mine

@@ -19,6 +19,6 @@ def supcon(text: Tensor, label: Tensor, *, temperature: float = 0.05) -> Tensor:
     log_probability = similarity - torch.logsumexp(similarity.masked_fill(itself, float("-inf")), dim=1, keepdim=True)
     same = (label.unsqueeze(0) == label.unsqueeze(1)) & ~itself
     count = same.sum(1)
-    per_anchor = (log_probability * same).sum(1) / count.clamp(min=1)
+    per_anchor = log_probability.masked_fill(~same, 0).sum(1) / count.clamp(min=1)
     anchors = (count > 0).to(text.dtype)
     return -(per_anchor * anchors).sum() / anchors.sum().clamp(min=1)

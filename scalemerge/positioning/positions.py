@@ -72,8 +72,8 @@ class Position(nn.Module):
             raise InputError(f"positioning.order: {order} does not name each of the {experts} experts once")
         self.inverse = [self.order.index(i) for i in range(experts)]
         self.register_buffer("gram", gram.double()[:, self.order][:, :, self.order], persistent=False)
-        target = torch.full((experts,), 1 / experts) if start is None else torch.as_tensor(start)
-        target = target.double().expand(groups, experts)[:, self.order]
+        target = torch.as_tensor([1 / experts] * experts if start is None else start, dtype=torch.float64)
+        target = target.expand(groups, experts)[:, self.order]
         if not torch.isfinite(target).all() or (kind != "linear" and not (target > 0).all()):
             raise InputError(f"positioning.start: {kind} starts from positive coefficients; use position: linear")
         if kind == "linear":

@@ -94,7 +94,7 @@ class Search:
     def _encode(self, features: list[Feature]) -> Tensor:
         encoder = self.model.encoder
         groups, inverse = encoder.groups(features, self.settings.length_groups)
-        forward = self.flops.forward(tuple(group["input_ids"].shape) for group in groups)
+        forward = self.flops.forward([group["input_ids"].shape for group in groups])
         self.cost.flops += forward * (3 if self._gradients else 1)
         device = str(encoder.device).split(":")[0]
         with torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bf16"):

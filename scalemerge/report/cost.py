@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass
 class Cost:
-    """seconds: wall; examples: rows; tokens: without padding; flops: with padding; peak_bytes: of the process or GPU."""
+    """seconds: wall; examples: rows; tokens: without padding; flops: with padding; peak_bytes: process or GPU."""
 
     seconds: float = 0.0
     examples: int = 0
@@ -71,7 +71,7 @@ class FlopCounter:
         self.width = int(backbone.config.hidden_size)
         self.layers = int(backbone.config.num_hidden_layers)
 
-    def forward(self, shapes: Iterable[tuple[int, int]]) -> float:
+    def forward(self, shapes: Iterable[Sequence[int]]) -> float:
         """FLOPs of one forward pass over padded batches of shapes (rows, length)."""
         return float(
             sum(rows * length * (2 * self.weights + 4 * length * self.width * self.layers) for rows, length in shapes)

@@ -50,9 +50,7 @@ class TaskVectorStore:
         for checkpoint in self._checkpoints:
             shared &= set(checkpoint.specs)
         #: names of the tensors that base and all experts have, floating point only
-        self.names = [
-            name for name, spec in self.base.specs.items() if name in shared and spec.dtype.is_floating_point
-        ]
+        self.names = [name for name, spec in self.base.specs.items() if name in shared and spec.dtype.is_floating_point]
 
     def _check(self, checkpoint: Checkpoint) -> None:
         ours, theirs = _config(self.base_folder), _config(checkpoint.folder)
@@ -92,7 +90,11 @@ class TaskVectorStore:
             tuned, base = checkpoint.read(name), self.base.read(name)
         else:
             tuned, base = checkpoint.read_rows(name, start, stop), self.base.read_rows(name, start, stop)
-        return checkpoint.require_finite(name, tuned.to(torch.float32) - base.to(torch.float32))
+        difference = tuned.to(torch.float32) - base.to(torch.float32)
+        if not torch.isfinite(difference).all():
+            self.base.require_finite(name, base)
+            checkpoint.require_finite(name, tuned)
+        return difference
 
     def task_vectors(self, name: str) -> list[Tensor]:
         """T_1 .. T_E of a tensor."""

@@ -1,7 +1,7 @@
 """The engine that trains: plain, DDP, DeepSpeed ZeRO or FSDP2, as `accelerate launch` says, and proof that it runs.
 
-Accelerate falls back silently: with `use_cpu: true` a DeepSpeed configuration trains plain DDP, an FSDP configuration on
-CPU trains unsharded. So after `prepare` the engine asked for is compared with the one that runs.
+Accelerate falls back silently: with `use_cpu: true` a DeepSpeed configuration trains plain DDP, an FSDP configuration
+on CPU trains unsharded. So after `prepare` the engine asked for is compared with the one that runs.
 """
 
 from __future__ import annotations

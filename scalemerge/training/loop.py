@@ -1,8 +1,8 @@
 """The training loop: one for experts and joint baselines, for one process and for many.
 
 The plan of batches is made before the first step, every step reseeds its random numbers from (seed, step), and the
-learning rate is a function of the step; so a checkpoint is weights, optimizer state and a step number, and a run that was
-killed and resumed ends with the same bits as one that was not.
+learning rate is a function of the step; so a checkpoint is weights, optimizer state and a step number, and a run that
+was killed and resumed ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ def finished(folder: Path, key: str) -> Cost | None:
         raise InputError(f"{folder}: exists but was not written by scalemerge; move it or give another --out")
     record = read_json(folder / DONE)
     if record.get("key") != key:
-        raise InputError(
-            f"{folder}: was trained with another recipe, data or base; delete it or give another --out"
-        )
+        raise InputError(f"{folder}: was trained with another recipe, data or base; delete it or give another --out")
     return Cost.from_dict(record["cost"])
 
 
@@ -150,7 +148,7 @@ class _Trainer:
 
     def _encode(self, features: list[Feature]) -> Tensor:
         groups, inverse = self.encoder.groups(features, self.settings.length_groups)
-        self.cost.flops += 3 * self.flops.forward(tuple(group["input_ids"].shape) for group in groups)
+        self.cost.flops += 3 * self.flops.forward([group["input_ids"].shape for group in groups])
         return self.model(groups)[inverse]
 
     # ---- checkpoints -------------------------------------------------------------------------------------------

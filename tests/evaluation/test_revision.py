@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from scalemerge.errors import InputError
 from scalemerge.checkpoints.revision import model_revision
+from scalemerge.errors import InputError
 from scalemerge.evaluation.definitions import mteb_name
 
 

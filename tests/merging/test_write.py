@@ -1,0 +1,222 @@
+"""Merged folders: the right numbers, loadable everywhere, written in little memory, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from scalemerge.checkpoints.reader import TensorSpec
+from scalemerge.encoder import Encoder
+from scalemerge.merging import combine_learned, find_method, write_merged
+from scalemerge.task_vectors import GRANULARITIES, TaskVectorStore, group_names
+
+C = [0.5, -0.25, 0.3]
+
+
+def learned(store, granularity, seed=0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    groups = group_names(store.names, granularity)
+    c = {group: torch.randn(len(store.experts), generator=generator).tolist() for group in groups}
+    return {"granularity": granularity, "experts": store.experts, "c": c}
+
+
+def write(store, folder, combine=None, **options):
+    described = {"title": "t", "base": "the/base", "method": "self_positioning", "experts": dict.fromkeys(store.experts, "x")}
+    chosen = combine or combine_learned({"granularity": "global", "c": {"global": C[: len(store.experts)]}})
+    return write_merged(store, folder, chosen, description={**described, "c": C}, key="k", **options)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_learned_weights_equal_the_dense_formula(family, tmp_path, read, explicit_merge, granularity) -> None:
+    base, experts = family
+    store = TaskVectorStore(base, experts)
+    found = learned(store, granularity)
+    groups = group_names(store.names, granularity)
+    c_of = {name: found["c"][group] for group, members in groups.items() for name in members}
+    assert write(store, tmp_path / "out", combine_learned(found)) == 1.0
+    written, expected = read(tmp_path / "out"), explicit_merge(base, experts, c_of.__getitem__)
+    assert written.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert written[name].dtype == torch.float32
+        torch.testing.assert_close(written[name].double(), tensor, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method, parameters, c", [("average", {}, [1 / 3] * 3), ("task_arithmetic", {"lambda": 0.7}, [0.7] * 3)]
+)
+def test_static_methods_equal_the_dense_formula(family, tmp_path, read, explicit_merge, method, parameters, c) -> None:
+    base, experts = family
+    chosen = find_method(method, "x")
+    write(TaskVectorStore(base, experts), tmp_path / "out", lambda name, w, t: chosen(w, t, parameters))
+    for name, tensor in explicit_merge(base, experts, lambda name: c).items():
+        torch.testing.assert_close(read(tmp_path / "out")[name].double(), tensor, rtol=1e-6, atol=1e-6)
+
+
+def assert_loads_everywhere(folder, base, weights, texts) -> None:
+    """AutoModel without missing or unexpected keys; SentenceTransformer and our encoder as the explicit merge embeds."""
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel
+
+    _, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    reference = Encoder.load(base)
+    reference.backbone.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=False)
+    expected = reference.encode(texts)
+    assert (expected - Encoder.load(base).encode(texts)).abs().max() > 1e-3  # the merge moved the model
+    torch.testing.assert_close(Encoder.load(folder).encode(texts), expected, rtol=0, atol=1e-5)
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, convert_to_tensor=True)
+    torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-5)
+
+
+def test_a_tiny_folder_loads_everywhere(family, tmp_path, explicit_merge, texts) -> None:
+    base, experts = family
+    write(TaskVectorStore(base, experts), tmp_path / "out")
+    assert_loads_everywhere(tmp_path / "out", base, explicit_merge(base, experts, lambda name: C), texts)
+
+
+def test_minilm_loads_everywhere(minilm, nudged, tmp_path, explicit_merge, texts) -> None:
+    experts = {name: nudged(minilm, tmp_path / name, seed, 0.05) for seed, name in enumerate("ab")}
+    write(TaskVectorStore(minilm, experts), tmp_path / "out")
+    assert_loads_everywhere(tmp_path / "out", minilm, explicit_merge(minilm, experts, lambda name: C[:2]), texts)
+
+
+def test_bfloat16_storage_is_stated_and_keeps_large_deltas(family, tmp_path, read, capsys) -> None:
+    base, experts = family
+    share = write(TaskVectorStore(base, experts), tmp_path / "out", dtype="bfloat16")
+    assert share > 0.99 and "warning" not in capsys.readouterr().err
+    assert {tensor.dtype for tensor in read(tmp_path / "out").values()} == {torch.bfloat16}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and "torch_dtype" not in config
+    from transformers import AutoModel
+
+    assert AutoModel.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
+def test_tiny_deltas_that_bfloat16_swallows_are_reported(family, nudged, tmp_path, capsys) -> None:
+    """The base on the bfloat16 grid and deltas of 0.2 % at c = 0.1: most of each delta is rounded away."""
+    from safetensors.torch import load_file, save_file
+
+    plain, _ = family
+    base = nudged(plain, tmp_path / "base", 0, 0.0)
+    weights = {name: tensor.bfloat16().float() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    store = TaskVectorStore(base, {"a": nudged(base, tmp_path / "a", 1, 0.002)})
+    combine = combine_learned({"granularity": "global", "c": {"global": [0.1]}})
+    assert write(store, tmp_path / "exact", combine) == 1.0
+    assert "warning" not in capsys.readouterr().err
+    share = write(store, tmp_path / "out", combine, dtype="bfloat16")
+    assert 0.0 < share < 0.5
+    assert f"only {100 * share:.1f} % of the merged delta survives bfloat16" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "scalemerge.json").read_text())["delta_survival"] == share
+    delta, kept = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+    for name in store.names:
+        merged = weights[name] + 0.1 * store.task_vector(0, name)
+        delta = torch.cat([delta, (merged.double() - weights[name].double()).flatten()])
+        kept = torch.cat([kept, (merged.bfloat16().double() - weights[name].double()).flatten()])
+    assert share == pytest.approx(float(kept @ delta / (delta @ delta)), rel=1e-6)
+
+
+def test_model_card(family, tmp_path) -> None:
+    base, experts = family
+    write(TaskVectorStore(base, experts), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    _, header, body = card.split("---\n", 2)
+    metadata = yaml.safe_load(header)
+    assert metadata["base_model_relation"] == "merge" and metadata["library_name"] == "sentence-transformers"
+    for words in ("`the/base`", "**self_positioning**", "| a |", "| b |", "| c |", json.dumps(C), "delta survival"):
+        assert words in body
+
+
+def test_carries_tokenizer_and_pooling_but_no_stale_weights_or_records(family, tmp_path, nudged) -> None:
+    base, experts = family
+    first = nudged(next(iter(experts.values())), tmp_path / "first", 9, 0.01)
+    for name in ("pytorch_model.bin", "training.jsonl", "scalemerge.json", "README.md", "model.safetensors.index.json"):
+        (first / name).write_text("{}") if name != "model.safetensors.index.json" else None
+    write(TaskVectorStore(base, {"first": first}), tmp_path / "out")
+    names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert {"config.json", "modules.json", "tokenizer.json", "1_Pooling/config.json", "model.safetensors"} <= names
+    assert not names & {"pytorch_model.bin", "training.jsonl"}
+    assert json.loads((tmp_path / "out" / "scalemerge.json").read_text())["key"] == "k"
+    assert (tmp_path / "out" / "README.md").read_text() != "{}"
+
+
+@pytest.mark.parametrize("count", [4, 24])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_is_one_tensor_whatever_the_model(tmp_path, live_bytes, count, dtype) -> None:
+    """E task vectors, the base's, the merged and the stored tensor of one name, and blocks for the survival report."""
+    from safetensors.torch import save_file
+
+    size, experts = 2**22, 3  # 16 MiB a tensor; the blocks are small beside it
+    for number, name in enumerate(("base", "a", "b", "c")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "bert"}')
+        tensors = {f"layer.{i}.weight": torch.full((size // 64, 64), 1.0 + number) for i in range(4)}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    store = TaskVectorStore(tmp_path / "base", {name: tmp_path / name for name in "abc"})
+    if count > 4:  # the same four tensors under many names: a larger model without larger files
+        for checkpoint in (store.base, *store._checkpoints):
+            for i in range(4, count):
+                checkpoint._stored[f"layer.{i}.weight"] = checkpoint._stored[f"layer.{i % 4}.weight"]
+                checkpoint.specs[f"layer.{i}.weight"] = TensorSpec((size // 64, 64), torch.float32)
+        store.names = list(store.base.specs)
+    with live_bytes() as memory:
+        write(store, tmp_path / "out", dtype=dtype)
+    assert memory.peak < (experts + 3.5) * 4 * size
+    assert memory.peak > experts * 4 * size  # the counter counts
+
+
+def test_an_exception_leaves_no_folder_and_an_old_one_alone(family, tmp_path) -> None:
+    store = TaskVectorStore(*family)
+    done = []
+
+    def combine(name, base, task_vectors):
+        done.append(name)
+        if len(done) == 5:
+            raise RuntimeError("stop")
+        return base + task_vectors[0]
+
+    with pytest.raises(RuntimeError):
+        write(store, tmp_path / "out", combine)
+    assert not list(tmp_path.iterdir())
+    write(store, tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    done.clear()
+    with pytest.raises(RuntimeError):
+        write(store, tmp_path / "out", combine)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from scalemerge.merging import write_merged
+from scalemerge.task_vectors import TaskVectorStore
+
+base, expert, out = sys.argv[1:]
+done = []
+
+def combine(name, w, t):
+    done.append(name)
+    if len(done) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return w + t[0]
+
+write_merged(TaskVectorStore(base, {"a": expert}), Path(out), combine, description={}, key="k")
+"""
+
+
+def test_kill_9_leaves_no_final_folder_and_the_next_try_succeeds(family, tmp_path, read) -> None:
+    base, experts = family
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, str(base), str(experts["a"]), str(out)]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not out.exists() and [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    write(TaskVectorStore(base, {"a": experts["a"]}), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and len(read(out)) == len(read(base))
