@@ -7,6 +7,8 @@ inside an operation; the growth of resident memory, which sees that and the allo
 
 from __future__ import annotations
 
+import csv
+import json
 import statistics
 import time
 import weakref
@@ -68,7 +70,7 @@ def _resident(field: str) -> int:
 
 
 class ResidentGrowth:
-    """Growth of this process's peak resident memory over a `with` block, in `bytes`; 0 where Linux's /proc is absent."""
+    """Growth of this process's peak resident memory over a `with` block, in `bytes`; 0 where there is no /proc."""
 
     bytes = 0
 
@@ -118,3 +120,13 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     cuts = statistics.quantiles(values, n=5, method="inclusive")
     return cuts[0], statistics.median(values), cuts[3]
+
+
+def write_figures(folder: Path, name: str, figures: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    """NAME.csv, one row a figure in one long schema, and NAME.json with the settings beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(figures[0]))
+        writer.writeheader()
+        writer.writerows(figures)
+    (folder / f"{name}.json").write_text(json.dumps({"settings": settings, "figures": figures}, indent=2) + "\n")

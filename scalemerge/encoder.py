@@ -100,10 +100,7 @@ class Encoder(nn.Module):
         order = sorted(range(len(features)), key=lambda row: (len(features[row]["input_ids"]), row))
         count = min(count, len(order))
         bounds = [len(order) * part // count for part in range(count + 1)]
-        padded = [
-            self.pad([features[row] for row in order[start:stop]])
-            for start, stop in pairwise(bounds)
-        ]
+        padded = [self.pad([features[row] for row in order[start:stop]]) for start, stop in pairwise(bounds)]
         inverse = torch.empty(len(order), dtype=torch.long)
         inverse[torch.tensor(order, dtype=torch.long)] = torch.arange(len(order))
         return padded, inverse.to(self.device)

@@ -56,6 +56,7 @@ def write_safetensors(
                     raise ValueError(f"tensor '{name}': {tensor.dtype} {tuple(tensor.shape)} instead of {spec}")
                 if spec.numel:
                     file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+                del tensor  # before the next one is made
                 if progress:
                     progress(spec.nbytes)
             file.flush()

@@ -25,7 +25,7 @@ from scalemerge.task_vectors import TaskVectorStore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "scalemerge.json"
-_BLOCK = 2**20  # elements that are compared at a time
+_BLOCK = 2**18  # elements that are compared at a time
 _NOT_CARRIED = {"README.md", RECORD, "training.jsonl", ".gitattributes"}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack", ".index.json")
 

@@ -91,7 +91,7 @@ class TaskVectorStore:
         else:
             tuned, base = checkpoint.read_rows(name, start, stop), self.base.read_rows(name, start, stop)
         difference = tuned.to(torch.float32) - base.to(torch.float32)
-        if not torch.isfinite(difference).all():
+        if not _is_finite(difference):
             self.base.require_finite(name, base)
             checkpoint.require_finite(name, tuned)
         return difference
@@ -109,6 +109,11 @@ class TaskVectorStore:
         step = max(1, block_bytes // (self.base.specs[name].numel * 4 // shape[0]))
         for start in range(0, shape[0], step):
             yield start, min(shape[0], start + step)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all entries are finite, without a temporary tensor (NaN and infinity pass through min and max)."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def _is_pooler(name: str) -> bool:

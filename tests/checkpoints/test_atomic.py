@@ -182,10 +182,11 @@ def test_require_writable_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path / "a" / "b") == []
 
 
+TEXTS = st.text(alphabet=st.characters(codec="utf-8"))
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(alphabet=st.characters(codec="utf-8")),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet=st.characters(codec="utf-8")), inner, max_size=3),
-)  # fmt: skip
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+)
 
 
 @given(content=JSON)

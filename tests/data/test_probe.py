@@ -15,7 +15,7 @@ from scalemerge.data import probe as probe_module
 from scalemerge.data.probe import load_tasks, manifest
 from scalemerge.data.tasks import TaskRows, fingerprint
 from scalemerge.errors import InputError
-from scalemerge.recipe import Probe, Recipe
+from scalemerge.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,9 @@ def pairs(numbers, prefix: str = "q") -> list[dict[str, str]]:
 
 
 def recipe(tasks: dict[str, dict], **probe: Any) -> Recipe:
-    return Recipe(name="x", base={"path": "b"}, tasks=tasks, probe={"rows_per_task": 6, "validation_rows_per_task": 3} | probe)
+    return Recipe(
+        name="x", base={"path": "b"}, tasks=tasks, probe={"rows_per_task": 6, "validation_rows_per_task": 3} | probe
+    )
 
 
 def anchors(rows: TaskRows) -> set[int]:
@@ -78,7 +80,9 @@ def test_repeated_queries_do_not_leak(tmp_path: Path) -> None:
 def test_balanced_over_sources(tmp_path: Path) -> None:
     """The large source does not drown the small one."""
     sources = [write(tmp_path / "big.jsonl", pairs(range(300))), write(tmp_path / "small.jsonl", pairs(range(20), "s"))]
-    data = load_tasks(recipe({"a": {"kind": "pairs", "sources": sources}}, rows_per_task=12, validation_rows_per_task=6))["a"]
+    data = load_tasks(
+        recipe({"a": {"kind": "pairs", "sources": sources}}, rows_per_task=12, validation_rows_per_task=6)
+    )["a"]
     counts = Counter(rows.source_of(i) for rows in (data.probe, data.validation) for i in range(len(rows)))
     assert counts == {"s0": 9, "s1": 9}
 
@@ -117,8 +121,8 @@ def test_too_small(count: int, tmp_path: Path) -> None:
         load_tasks(made)
 
 
-def test_nothing_left_to_train_on(tmp_path: Path) -> None:
-    """The two tasks' data are one and the same small set."""
+def test_what_another_task_holds_out_is_taken_away(tmp_path: Path) -> None:
+    """Two tasks of the same queries, one of which has probe sources of its own."""
     source = write(tmp_path / "a.jsonl", pairs(range(16)))
     given = write(tmp_path / "p.jsonl", pairs(range(9), "p"))
     tasks = {
@@ -218,12 +222,12 @@ def test_never_a_held_out_row_in_training(first, second, rows, seed) -> None:
         except InputError as error:
             assert "too few for a probe set" in str(error) or "no training rows are left" in str(error)
             return
-    held = [rows.anchor(i) for data in split.values() for rows in (data.probe, data.validation) for i in range(len(rows))]
+    held = [
+        rows.anchor(i) for data in split.values() for rows in (data.probe, data.validation) for i in range(len(rows))
+    ]
     for name, data in split.items():
         own = [rows.anchor(i) for rows in (data.probe, data.validation) for i in range(len(rows))]
         assert len(own) == len(set(own))
-        assert data.train.ids == [i for i, n in zip(tables[name].ids, (first, second)[name == "b"]) if n not in set(held)]
-
-
-def test_defaults_are_balanced() -> None:
-    assert Probe().rows_per_task > Probe().validation_rows_per_task >= 2
+        assert data.train.ids == [
+            i for i, n in zip(tables[name].ids, (first, second)[name == "b"]) if n not in set(held)
+        ]

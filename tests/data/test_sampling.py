@@ -60,7 +60,9 @@ def test_every_row_before_any_a_second_time(count, size, passes, seed) -> None:
     assert set(used.values()) <= {passes - 1, passes, passes + 1}
     first = [row for batch in made[: count // size] for row in batch]
     assert len(first) == len(set(first)), "the first pass repeats no row"
-    assert set(range(count)) - set(first) <= {row for batch in made[count // size :][:2] for row in batch} or passes == 1
+    assert (
+        set(range(count)) - set(first) <= {row for batch in made[count // size :][:2] for row in batch} or passes == 1
+    )
 
 
 @given(seed=st.integers(0, 2**40), count=st.integers(8, 40))
@@ -195,7 +197,13 @@ def test_tasks_alternate() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "size", "epochs", "cap", "expected"),
-    [(640, 64, 1.0, None, 10), (640, 64, 0.5, None, 5), (640, 64, 3, 7, 7), (3, 64, 1.0, None, 1), (650, 64, 2, None, 20)],
+    [
+        (640, 64, 1.0, None, 10),
+        (640, 64, 0.5, None, 5),
+        (640, 64, 3, 7, 7),
+        (3, 64, 1.0, None, 1),
+        (650, 64, 2, None, 20),
+    ],
 )
 def test_steps_for(rows, size, epochs, cap, expected) -> None:
     assert steps_for(rows, size, epochs, cap) == expected

@@ -105,8 +105,12 @@ def test_folder_and_split(tmp_path: Path) -> None:
     jsonl(tmp_path / "train.jsonl.gz", PAIRS[:6])
     jsonl(tmp_path / "test.jsonl.gz", PAIRS[6:])
     assert len(load_rows(source(tmp_path), "pairs")) == 6
-    assert list(load_rows(source(tmp_path, split="test"), "pairs")["query"]) == ["question 6", "question 7",
-                                                                                "question 8", "question 9"]  # fmt: skip
+    assert list(load_rows(source(tmp_path, split="test"), "pairs")["query"]) == [
+        "question 6",
+        "question 7",
+        "question 8",
+        "question 9",
+    ]
     refused(source(tmp_path, split="dev"), "pairs", str(tmp_path), "split 'dev'", "test.jsonl.gz, train.jsonl.gz")
 
 
@@ -129,9 +133,14 @@ def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["", ".gz"])
 def test_retrieval_folder(layout: str, ending: str, tmp_path: Path) -> None:
     """Both BEIR layouts; one row for every relevant document, title and text together; other judgements left out."""
-    jsonl(tmp_path / f"corpus.jsonl{ending}", [
-        {"_id": "d0", "title": "Title", "text": "text 0"}, {"_id": "d1", "title": "", "text": "text 1"},
-        {"_id": "d2", "title": "", "text": "text 2"}])  # fmt: skip
+    jsonl(
+        tmp_path / f"corpus.jsonl{ending}",
+        [
+            {"_id": "d0", "title": "Title", "text": "text 0"},
+            {"_id": "d1", "title": "", "text": "text 1"},
+            {"_id": "d2", "title": "", "text": "text 2"},
+        ],
+    )
     queries = f"queries.test.jsonl{ending}" if layout == "files" else f"queries.jsonl{ending}"
     jsonl(tmp_path / queries, [{"_id": f"q{i}", "text": f"query {i}"} for i in range(3)])
     qrels = tmp_path / ("qrels.test.tsv" if layout == "files" else "qrels/test.tsv")
@@ -140,7 +149,10 @@ def test_retrieval_folder(layout: str, ending: str, tmp_path: Path) -> None:
     qrels.write_text("\n".join(["query-id\tcorpus-id\tscore", *judged]) + "\n")
     rows = load_rows(source(tmp_path, split="test"), "retrieval")
     assert list(zip(rows["query"], rows["positive"])) == [
-        ("query 0", "Title text 0"), ("query 0", "text 1"), ("query 2", "text 2")]  # fmt: skip
+        ("query 0", "Title text 0"),
+        ("query 0", "text 1"),
+        ("query 2", "text 2"),
+    ]
 
 
 @pytest.fixture
@@ -187,15 +199,30 @@ def test_missing_titles_are_empty(beir: Path) -> None:
     [
         ("pairs", {"anchor": "a", "document": "b"}, {"query": "a", "positive": "b"}),
         ("pairs", {"question": "a", "answer": "b"}, {"query": "a", "positive": "b"}),
-        ("triplets", {"anchor": "a", "positive": "b", "negative": "c"}, {"query": "a", "positive": "b", "negatives": ["c"]}),
-        ("triplets", {"query": "a", "pos": "b", "neg": ["c", "d"]}, {"query": "a", "positive": "b", "negatives": ["c", "d"]}),
-        ("triplets", {"query": "a", "positive": "b", "negative_1": "c", "negative_2": ""},
-         {"query": "a", "positive": "b", "negatives": ["c"]}),
-        ("scored_pairs", {"text1": "a", "text2": "b", "similarity_score": 3}, {"sentence1": "a", "sentence2": "b", "score": 3.0}),
+        (
+            "triplets",
+            {"anchor": "a", "positive": "b", "negative": "c"},
+            {"query": "a", "positive": "b", "negatives": ["c"]},
+        ),
+        (
+            "triplets",
+            {"query": "a", "pos": "b", "neg": ["c", "d"]},
+            {"query": "a", "positive": "b", "negatives": ["c", "d"]},
+        ),
+        (
+            "triplets",
+            {"query": "a", "positive": "b", "negative_1": "c", "negative_2": ""},
+            {"query": "a", "positive": "b", "negatives": ["c"]},
+        ),
+        (
+            "scored_pairs",
+            {"text1": "a", "text2": "b", "similarity_score": 3},
+            {"sentence1": "a", "sentence2": "b", "score": 3.0},
+        ),
         ("labelled_texts", {"sentence": "a", "labels": 7}, {"text": "a", "label": "7"}),
         ("labelled_texts", {"text": "a", "label": True}, {"text": "a", "label": "True"}),
     ],
-)  # fmt: skip
+)
 def test_names_of_columns(kind: str, row: dict, expected: dict, tmp_path: Path) -> None:
     rows = load_rows(source(jsonl(tmp_path / "rows.jsonl", [row])), kind)
     assert {name: rows[0][name] for name in expected} == expected
@@ -281,7 +308,7 @@ def test_empty_folder(tmp_path: Path) -> None:
         ("rows.txt", b"a\tb\n"),
         ("rows", b"a\tb\n"),
     ],
-)  # fmt: skip
+)
 def test_bad_files_name_the_file(name: str, content: bytes, streaming: bool, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     settings = {"streaming": True, "limit": 5} if streaming else {}
@@ -292,21 +319,40 @@ def test_bad_files_name_the_file(name: str, content: bytes, streaming: bool, tmp
     ("kind", "rows", "expected"),
     [
         ("pairs", [{"question1": "a", "positive": "b"}], "no column 'query'; found question1, positive"),
-        ("pairs", [{"query": "a", "positive": None}, {"query": "a", "positive": "b"}], "row 0: 'positive' is None, not a text"),
+        (
+            "pairs",
+            [{"query": "a", "positive": None}, {"query": "a", "positive": "b"}],
+            "row 0: 'positive' is None, not a text",
+        ),
         ("pairs", [{"query": 3, "positive": "b"}], "row 0: 'query' is 3, not a text"),
         ("triplets", [{"query": "a", "positive": "b"}], "no column 'negatives'"),
-        ("triplets", [{"query": "a", "positive": "b", "negatives": [None, "c"]}], "row 0: 'negatives' is None, not a text"),
+        (
+            "triplets",
+            [{"query": "a", "positive": "b", "negatives": [None, "c"]}],
+            "row 0: 'negatives' is None, not a text",
+        ),
         ("triplets", [{"query": "a", "positive": "b", "negatives": 5}], "row 0: 'negatives' is 5, not a list of texts"),
         ("scored_pairs", [{"sentence1": "a", "sentence2": "b"}], "no column 'score'"),
-        ("scored_pairs", [{"sentence1": "a", "sentence2": "b", "score": "high"}], "row 0: 'score' is 'high', not a number"),
-        ("scored_pairs", [{"sentence1": "a", "sentence2": "b", "score": "4.5"}], "row 0: 'score' is '4.5', not a number"),
+        (
+            "scored_pairs",
+            [{"sentence1": "a", "sentence2": "b", "score": "high"}],
+            "row 0: 'score' is 'high', not a number",
+        ),
+        (
+            "scored_pairs",
+            [{"sentence1": "a", "sentence2": "b", "score": "4.5"}],
+            "row 0: 'score' is '4.5', not a number",
+        ),
         ("scored_pairs", [{"sentence1": "a", "sentence2": "b", "score": True}], "'score' is True, not a number"),
-        ("scored_pairs", [{"sentence1": "a", "sentence2": "b", "score": 1.5},
-                          {"sentence1": "a", "sentence2": "b", "score": None}], "row 1: 'score' is None, not a number"),
+        (
+            "scored_pairs",
+            [{"sentence1": "a", "sentence2": "b", "score": 1.5}, {"sentence1": "a", "sentence2": "b", "score": None}],
+            "row 1: 'score' is None, not a number",
+        ),
         ("labelled_texts", [{"text": "a", "label": "x"}, {"text": "b", "label": None}], "row 1: 'label' is missing"),
         ("labelled_texts", [{"txt": "a", "label": "x"}], "no column 'text'; found txt, label"),
     ],
-)  # fmt: skip
+)
 def test_bad_rows_name_file_row_and_field(kind: str, rows: list[dict], expected: str, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", rows)
     refused(source(path), kind, str(path), expected)
@@ -336,9 +382,11 @@ def test_nan_in_json(tmp_path: Path) -> None:
 def test_shared_data_is_read(shared_data: Path) -> None:
     """One set of each kind, through the placeholder."""
     for path, kind, split in [
-        ("train-retrieval-squad", "pairs", "train"), ("train-nli", "triplets", "triplets"),
-        ("train-sts", "scored_pairs", "train"), ("tweet-emotion", "labelled_texts", "train"),
+        ("train-retrieval-squad", "pairs", "train"),
+        ("train-nli", "triplets", "triplets"),
+        ("train-sts", "scored_pairs", "train"),
+        ("tweet-emotion", "labelled_texts", "train"),
         ("xquad-en", "retrieval", "test"),
-    ]:  # fmt: skip
+    ]:
         rows = load_rows(Source(path=f"{{data}}/{path}", split=split, limit=50), kind, data=str(shared_data))
         assert len(rows) >= 50

@@ -54,7 +54,9 @@ def test_fingerprints_of_all_texts(tmp_path: Path) -> None:
 
 def test_anchors(tmp_path: Path) -> None:
     """A query is seen whatever its answer is; a scored pair is seen in either order, its sentences alone are not."""
-    pairs = load("pairs", write(tmp_path / "1.jsonl", [{"query": "q", "positive": "x"}, {"query": "Q ", "positive": "y"}]))
+    pairs = load(
+        "pairs", write(tmp_path / "1.jsonl", [{"query": "q", "positive": "x"}, {"query": "Q ", "positive": "y"}])
+    )
     assert pairs.anchor(0) == pairs.anchor(1) and len(pairs.anchors()) == 1
     scored = [("a", "b", 1), ("b", "a", 2), ("a", "c", 3)]
     rows = [{"sentence1": one, "sentence2": two, "score": score} for one, two, score in scored]
@@ -78,11 +80,20 @@ def test_case() -> None:
     [
         ("pairs", [{"query": "a"}], {}, "tasks.a.sources.0: "),
         ("scored_pairs", [{"sentence1": "a", "sentence2": "b", "score": 1}] * 3, {}, "tasks.a: all scores are equal"),
-        ("labelled_texts", [{"text": "a", "label": "x"}, {"text": "b", "label": "x"}], {}, "tasks.a: all rows have one label"),
-        ("pairs", [{"query": "a", "positive": "b"}],
-         {"loss": {"name": "infonce", "parameters": {"temprature": 1}}}, "tasks.a.loss.parameters: loss 'infonce' has no"),
+        (
+            "labelled_texts",
+            [{"text": "a", "label": "x"}, {"text": "b", "label": "x"}],
+            {},
+            "tasks.a: all rows have one label",
+        ),
+        (
+            "pairs",
+            [{"query": "a", "positive": "b"}],
+            {"loss": {"name": "infonce", "parameters": {"temprature": 1}}},
+            "tasks.a.loss.parameters: loss 'infonce' has no",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_tasks(kind, rows, settings, expected, tmp_path: Path) -> None:
     path = write(tmp_path / "1.jsonl", rows)
     with pytest.raises(InputError) as caught:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,10 +30,7 @@ def test_sum_over_any_row_ranges_equals_the_formula(m: int, n: int, k: int, expe
     vectors = [numbers(n, k, seed=2 + i) for i in range(experts)]
     expected = torch.stack([torch.einsum("mn,mk,nk->", dy, x, vector) for vector in vectors])
     bounds = sorted({0, n, *(round(cut * n) for cut in cuts)})
-    total = sum(
-        coefficient_grad_reference(x, dy, vectors, start, stop)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
-    )
+    total = sum(coefficient_grad_reference(x, dy, vectors, start, stop) for start, stop in pairwise(bounds))
     assert total.dtype == torch.float64
     torch.testing.assert_close(total, expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(coefficient_grad_reference(x, dy, vectors), expected, rtol=1e-11, atol=1e-11)

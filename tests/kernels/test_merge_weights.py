@@ -100,6 +100,6 @@ def test_any_shape_range_and_stride(rows: int, rest: list[int], c: list[float], 
     tensors = [numbers(rows, *rest, seed=i) for i in range(len(c) + 1)]
     if strided:  # every second row of something larger
         tensors = [torch.stack([tensor, -tensor], dim=1).flatten(0, 1)[::2] for tensor in tensors]
-    start, stop = sorted(int(round(x * rows)) for x in cut)
+    start, stop = sorted(round(x * rows) for x in cut)
     merged = merge_weights_reference(tensors[0], tensors[1:], c, start, stop)
     torch.testing.assert_close(merged, naive(tensors[0], tensors[1:], c)[start:stop], rtol=1e-13, atol=1e-13)

@@ -166,7 +166,7 @@ def test_bfloat16_models_run(make_backbone, tokens, task_vectors_of, relative_er
 
 
 class Tied(nn.Module):
-    """An embedding whose table is also the output's, as one parameter in two modules; and one module under two names."""
+    """One parameter in two modules (an embedding's table is also the output's) and one module under two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,8 +192,10 @@ def test_tied_modules_and_parameters_stay_tied(numbers, relative_error, named) -
         "second": {"head.weight": tables, "again.weight": blocks},
         "both": {"table.weight": tables, "head.weight": tables, "block.weight": blocks, "again.weight": blocks},
     }[named]
-    c = torch.tensor([[0.5, -0.3]], dtype=torch.float64, requires_grad=True)
-    coefficients = Coefficients(dict.fromkeys(vectors, 0), c)
+    c = torch.tensor([[0.5, -0.3], [9.0, 9.0]], dtype=torch.float64, requires_grad=True)
+    second = named == "both"  # a second name's own coefficients do not count: the weight is one
+    rows = {name: int(second and name in ("head.weight", "again.weight")) for name in vectors}
+    coefficients = Coefficients(rows, c)
     ids = torch.tensor([1, 2, 2, 6])
     table = plain.table.weight.detach() + c[0, 0] * tables[0] + c[0, 1] * tables[1]
     block = plain.block.weight.detach() + c[0, 0] * blocks[0] + c[0, 1] * blocks[1]
@@ -219,9 +221,9 @@ def test_unknown_names_and_wrong_shapes_are_refused_before_anything_changes(make
     model = make_backbone("bert")
     vectors = task_vectors_of(model, EXPERTS, names=["encoder.layer.0.output.dense.weight"])
     coefficients = positioned(model, vectors, "global")
-    with pytest.raises(ValueError, match="no parameter 'encoder.layer.9.weight'"):
+    with pytest.raises(ValueError, match=r"no parameter 'encoder\.layer\.9\.weight'"):
         attach(model, {**vectors, "encoder.layer.9.weight": [torch.zeros(1)]}, coefficients)
-    with pytest.raises(ValueError, match="no coefficients for 'embeddings.LayerNorm.bias'"):
+    with pytest.raises(ValueError, match=r"no coefficients for 'embeddings\.LayerNorm\.bias'"):
         attach(model, {**vectors, "embeddings.LayerNorm.bias": [torch.zeros(16)]}, coefficients)
     name = "encoder.layer.0.output.dense.weight"
     with pytest.raises(ValueError, match=r"output\.dense\.weight: a task vector has shape \(24, 16\)"):

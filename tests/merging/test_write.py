@@ -27,7 +27,12 @@ def learned(store, granularity, seed=0) -> dict:
 
 
 def write(store, folder, combine=None, **options):
-    described = {"title": "t", "base": "the/base", "method": "self_positioning", "experts": dict.fromkeys(store.experts, "x")}
+    described = {
+        "title": "t",
+        "base": "the/base",
+        "method": "self_positioning",
+        "experts": dict.fromkeys(store.experts, "x"),
+    }
     chosen = combine or combine_learned({"granularity": "global", "c": {"global": C[: len(store.experts)]}})
     return write_merged(store, folder, chosen, description={**described, "c": C}, key="k", **options)
 
@@ -59,7 +64,7 @@ def test_static_methods_equal_the_dense_formula(family, tmp_path, read, explicit
 
 
 def assert_loads_everywhere(folder, base, weights, texts) -> None:
-    """AutoModel without missing or unexpected keys; SentenceTransformer and our encoder as the explicit merge embeds."""
+    """AutoModel without missing or unexpected keys; SentenceTransformer and Encoder embed as the explicit merge."""
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel
 
@@ -116,7 +121,7 @@ def test_tiny_deltas_that_bfloat16_swallows_are_reported(family, nudged, tmp_pat
     assert json.loads((tmp_path / "out" / "scalemerge.json").read_text())["delta_survival"] == share
     delta, kept = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
     for name in store.names:
-        merged = weights[name] + 0.1 * store.task_vector(0, name)
+        merged = load_file(tmp_path / "exact" / "model.safetensors")[name]
         delta = torch.cat([delta, (merged.double() - weights[name].double()).flatten()])
         kept = torch.cat([kept, (merged.bfloat16().double() - weights[name].double()).flatten()])
     assert share == pytest.approx(float(kept @ delta / (delta @ delta)), rel=1e-6)
@@ -136,8 +141,8 @@ def test_model_card(family, tmp_path) -> None:
 def test_carries_tokenizer_and_pooling_but_no_stale_weights_or_records(family, tmp_path, nudged) -> None:
     base, experts = family
     first = nudged(next(iter(experts.values())), tmp_path / "first", 9, 0.01)
-    for name in ("pytorch_model.bin", "training.jsonl", "scalemerge.json", "README.md", "model.safetensors.index.json"):
-        (first / name).write_text("{}") if name != "model.safetensors.index.json" else None
+    for name in ("pytorch_model.bin", "training.jsonl", "scalemerge.json", "README.md"):
+        (first / name).write_text("{}")
     write(TaskVectorStore(base, {"first": first}), tmp_path / "out")
     names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert {"config.json", "modules.json", "tokenizer.json", "1_Pooling/config.json", "model.safetensors"} <= names
@@ -146,7 +151,7 @@ def test_carries_tokenizer_and_pooling_but_no_stale_weights_or_records(family, t
     assert (tmp_path / "out" / "README.md").read_text() != "{}"
 
 
-@pytest.mark.parametrize("count", [4, 24])
+@pytest.mark.parametrize("count", [2, 10])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_is_one_tensor_whatever_the_model(tmp_path, live_bytes, count, dtype) -> None:
     """E task vectors, the base's, the merged and the stored tensor of one name, and blocks for the survival report."""
@@ -156,13 +161,13 @@ def test_peak_memory_is_one_tensor_whatever_the_model(tmp_path, live_bytes, coun
     for number, name in enumerate(("base", "a", "b", "c")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text('{"model_type": "bert"}')
-        tensors = {f"layer.{i}.weight": torch.full((size // 64, 64), 1.0 + number) for i in range(4)}
+        tensors = {f"layer.{i}.weight": torch.full((size // 64, 64), 1.0 + number) for i in range(2)}
         save_file(tensors, tmp_path / name / "model.safetensors")
     store = TaskVectorStore(tmp_path / "base", {name: tmp_path / name for name in "abc"})
-    if count > 4:  # the same four tensors under many names: a larger model without larger files
+    if count > 2:  # the same two tensors under many names: a larger model without larger files
         for checkpoint in (store.base, *store._checkpoints):
-            for i in range(4, count):
-                checkpoint._stored[f"layer.{i}.weight"] = checkpoint._stored[f"layer.{i % 4}.weight"]
+            for i in range(2, count):
+                checkpoint._stored[f"layer.{i}.weight"] = checkpoint._stored[f"layer.{i % 2}.weight"]
                 checkpoint.specs[f"layer.{i}.weight"] = TensorSpec((size // 64, 64), torch.float32)
         store.names = list(store.base.specs)
     with live_bytes() as memory:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -140,8 +141,9 @@ def test_bounds_cut_rows_whole_and_negatives_with_their_rows(rows, world, counts
     assert cuts[0] == negatives[0] == 0
     assert cuts[-1] == rows and negatives[-1] == sum(counts[:rows])
     assert cuts == batch.bounds("positive", world)
-    assert max(b - a for a, b in zip(cuts, cuts[1:])) - min(b - a for a, b in zip(cuts, cuts[1:])) <= 1
-    assert [b - a for a, b in zip(negatives, negatives[1:])] == [sum(counts[a:b]) for a, b in zip(cuts, cuts[1:])]
+    sizes = [stop - start for start, stop in pairwise(cuts)]
+    assert max(sizes) - min(sizes) <= 1
+    assert [b - a for a, b in pairwise(negatives)] == [sum(counts[a:b]) for a, b in pairwise(cuts)]
 
 
 def test_tokens_are_counted_over_all_roles() -> None:

@@ -1,5 +1,5 @@
-"""Fixtures of the positioning tests: Gram matrices of known vectors, spherical interpolation written out on vectors, and
-a small real problem (a tiny BERT and two experts trained from it)."""
+"""Fixtures of the positioning tests: seeded task vectors, spherical interpolation written out on vectors, and a small
+real problem (a tiny BERT and two experts trained from it)."""
 
 from __future__ import annotations
 

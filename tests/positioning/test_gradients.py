@@ -1,7 +1,8 @@
 """Gradients with respect to a, lambda and c, through a real encoder and loss, against central finite differences.
 
-A tiny BERT in float64, three task vectors, InfoNCE: from the learned numbers through the position, the merged layers and
-the loss, and back. Relative error below 1e-6 for every position and granularity, nearly parallel task vectors included.
+A tiny BERT in float64, three task vectors, InfoNCE: from the learned numbers through the position, the merged layers
+and the loss, and back. Relative error below 1e-6 for every position and granularity, also among nearly parallel task
+vectors.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The search, on a tiny BERT and two experts really trained from it: it gets better, it is the same every time, it stops,
-it keeps the best, and a search that was killed ends where an unbroken one does."""
+"""The search, on a tiny BERT and two experts really trained from it: it gets better, it is the same every time, it
+stops, it keeps the best, and a search that was killed ends where an unbroken one does."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_losses_are_divided_by_those_of_the_own_expert(make_search, problem) -> 
         c[0, number] = 1.0
         assert result["loss_scales"][task] == pytest.approx(search.validation_losses(c)[task], rel=1e-6)
     none = make_search("none", normalize_losses="none", steps=2).run()
-    assert none["loss_scales"] == {task: 1.0 for task in problem["experts"]}
+    assert none["loss_scales"] == dict.fromkeys(problem["experts"], 1.0)
 
 
 def test_an_expert_at_c_1_is_that_expert(make_search, problem) -> None:
@@ -172,7 +172,7 @@ def test_an_expert_at_c_1_is_that_expert(make_search, problem) -> None:
 def test_a_loss_that_is_no_number_stops_the_search(make_search, monkeypatch) -> None:
     search = make_search()
     monkeypatch.setattr(search, "_objective", lambda *_: torch.tensor(float("nan"), requires_grad=True))
-    with pytest.raises(InputError, match="lower positioning.learning_rate"):
+    with pytest.raises(InputError, match=r"lower positioning\.learning_rate"):
         search.run()
 
 

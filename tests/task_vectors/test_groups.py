@@ -32,7 +32,7 @@ def test_groups_keep_the_order_of_first_appearance() -> None:
     groups = group_names(names, "layer")
     assert list(groups) == ["other", "layer.1", "layer.0", "layer.10"]
     assert groups["layer.1"] == ["layers.1.a.weight", "layers.1.a.bias"]
-    assert sorted(sum(groups.values(), [])) == sorted(names)
+    assert sorted(name for members in groups.values() for name in members) == sorted(names)
 
 
 def test_unknown_granularity() -> None:

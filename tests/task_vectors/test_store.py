@@ -1,4 +1,4 @@
-"""The store: differences as they are on disk, and every wrong set of experts refused in one line that names the file."""
+"""The store: differences as they are on disk; every wrong set of experts refused in one line that names the file."""
 
 from __future__ import annotations
 

