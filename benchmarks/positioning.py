@@ -72,7 +72,8 @@ def measure_seconds(shape: Shape, repeats: int) -> dict[str, list[float]]:
 def rows_of(shape: Shape, memory: dict[str, dict[str, Any]], seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
     """One long schema: a row a figure."""
     folder = Path(shape.model)
-    common = {"benchmark": "positioning", "model": folder.parent.name if folder.name == "model" else folder.name, "experts": shape.experts,
+    name = folder.parent.name if folder.name == "model" else folder.name
+    common = {"benchmark": "positioning", "model": name, "experts": shape.experts,
               "rows": shape.rows, "length": shape.length, "dtype": "float32",
               "device": f"cpu ({platform.machine()}, {shape.threads or torch.get_num_threads()} threads)",
               "torch": torch.__version__, "date": datetime.date.today().isoformat()}  # fmt: skip
