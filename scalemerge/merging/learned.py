@@ -32,10 +32,18 @@ def read_coefficients(path: Path) -> dict[str, Any]:
 
 
 def combine_learned(coefficients: dict[str, Any]) -> Callable[[str, Tensor, list[Tensor]], Tensor]:
-    """The function that merges a tensor at learned coefficients; tensors of no group stay at the base."""
+    """The function that merges a tensor at learned coefficients; tensors that no expert moved stay at the base.
+
+    It raises InputError for a moved tensor whose group has no coefficients.
+    """
 
     def combine(name: str, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
-        c = coefficients["c"].get(group_of(name, coefficients["granularity"]))
-        return base if c is None else merge_weights_reference(base, task_vectors, c)
+        group = group_of(name, coefficients["granularity"])
+        c = coefficients["c"].get(group)
+        if c is None:
+            if any(bool(task_vector.any()) for task_vector in task_vectors):
+                raise InputError(f"coefficients.json: no c for group '{group}', which tensor '{name}' needs; learn again")
+            return base
+        return merge_weights_reference(base, task_vectors, c)
 
     return combine

@@ -94,6 +94,11 @@ class _Trainer:
         optimizer = torch.optim.AdamW(_decay_groups(encoder, self.settings.weight_decay), lr=0.0)
         self.model, self.optimizer = accelerator.prepare(encoder, optimizer)
         self.engine = verify_engine(accelerator, self.settings.engine)
+        if self.settings.batch_size < accelerator.num_processes:
+            raise InputError(
+                f"training.batch_size: {self.settings.batch_size} rows cannot be shared by "
+                f"{accelerator.num_processes} processes; raise it"
+            )
         self.cost = Cost(device=str(accelerator.device))
 
     def run(self) -> Cost:

@@ -18,7 +18,10 @@ def test_each_tensor_uses_its_group() -> None:
     base, vectors = torch.zeros(2), [torch.ones(2), 10 * torch.ones(2)]
     assert combine("encoder.layer.0.output.dense.weight", base, vectors).tolist() == [-2.0, -2.0]
     assert combine("embeddings.word_embeddings.weight", base, vectors).tolist() == [21.0, 21.0]
-    assert combine("encoder.layer.1.output.dense.weight", base, vectors).tolist() == [0.0, 0.0]
+    still = [torch.zeros(2), torch.zeros(2)]
+    assert combine("encoder.layer.1.output.dense.weight", base, still).tolist() == [0.0, 0.0]
+    with pytest.raises(InputError, match=r"no c for group 'layer\.1'"):
+        combine("encoder.layer.1.output.dense.weight", base, vectors)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,23 @@ def test_killed_and_resumed_training_ends_with_the_same_bits(
     assert steps == list(range(job.total_steps))
 
 
+def test_gradient_checkpointing_changes_nothing_and_bf16_little(
+    tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    trained = {}
+    for name, changes in {
+        "plain": {},
+        "checkpointed": {"training.gradient_checkpointing": True},
+        "bf16": {"training.precision": "bf16"},
+    }.items():
+        recipe = load_recipe(tiny_recipe(**{"training.learning_rate": 1e-4, **changes}))
+        training_loop.train(expert_job(recipe, load_tasks(recipe), "search"), tmp_path / name)
+        trained[name] = Encoder.load(tmp_path / name).encode(["apple river", "a stone in the cloud"])
+    assert torch.allclose(trained["plain"], trained["checkpointed"], atol=1e-6)
+    difference = (trained["plain"] - trained["bf16"]).norm(dim=1)
+    assert 0 < float(difference.max()) < 0.02, "bf16 autocast rounds, but masters stay float32"
+
+
 def test_another_recipe_in_the_same_folder_is_refused(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = load_recipe(tiny_recipe())
     training_loop.train(expert_job(recipe, load_tasks(recipe), "search"), tmp_path / "e")
