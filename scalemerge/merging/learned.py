@@ -42,7 +42,9 @@ def combine_learned(coefficients: dict[str, Any]) -> Callable[[str, Tensor, list
         c = coefficients["c"].get(group)
         if c is None:
             if any(bool(task_vector.any()) for task_vector in task_vectors):
-                raise InputError(f"coefficients.json: no c for group '{group}', which tensor '{name}' needs; learn again")
+                raise InputError(
+                    f"coefficients.json: no c for group '{group}', which tensor '{name}' needs; learn again"
+                )
             return base
         return merge_weights_reference(base, task_vectors, c)
 

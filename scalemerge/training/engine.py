@@ -25,7 +25,9 @@ def resolve_precision(settings: Training, device: str) -> str:
 def make_accelerator(settings: Training) -> Any:
     """An Accelerator for the launch environment: gloo on CPU processes, the backend's own choice elsewhere."""
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # it keeps the precision of the model trained before; the process group stays
     on_cpu = not torch.cuda.is_available()
     handlers = []
     if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:

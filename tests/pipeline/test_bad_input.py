@@ -1,4 +1,4 @@
-"""Bad input: one line on stderr that names file, field and remedy, exit code 2, nothing trained, nothing half-written."""
+"""Bad input: one line on stderr naming file, field and remedy, exit code 2, nothing trained, nothing half-written."""
 
 from __future__ import annotations
 
