@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
-WORDS = [first + second for first in ("ap", "ri", "sto", "clo") for second in ("ple", "ver", "ne", "dum", "gin")]
+WORDS = (  # noqa: SIM905
+    "apple river stone cloud engine paper window garden metal forest bridge candle mirror pocket rocket silver "
+    "tunnel velvet winter yellow"
+).split()
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -143,7 +143,7 @@ def test_silent_fallbacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_processes_train_the_same_expert_as_one(
     tiny_recipe: Callable[..., Path], tmp_path: Path, command: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    recipe = tiny_recipe(**{"training.batch_size": 15})
+    recipe = tiny_recipe(**{"training.batch_size": 15, "training.learning_rate": 1e-4})
     config = ROOT / "accelerate_configs" / "ddp_cpu.yaml"
     launch = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m")
     for task in ("search", "sts"):
@@ -153,6 +153,16 @@ def test_two_processes_train_the_same_expert_as_one(
         assert two.returncode == 0, two.stderr[-3000:]
         record = json.loads((tmp_path / "two/experts" / task / "scalemerge.json").read_text())
         assert record["engine"] == "ddp", "two processes must not have trained alone"
+        norms = [
+            [
+                json.loads(line)["gradient_norm"]
+                for line in (tmp_path / which / "experts" / task / "training.jsonl").open()
+            ]
+            for which in ("one", "two")
+        ]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4), (
+            "Adam hides a gradient W times too small; its norm does not"
+        )
         single, double = (weights(tmp_path / which / "experts" / task) for which in ("one", "two"))
         for name in single:
             if name.endswith("key.bias"):
