@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from measuring import LiveBytes, ResidentGrowth, alternating_seconds, quantiles, write_figures
-from positioning_ways import TO_C, VARIANTS, Shape, default_model, load, make_step
+from positioning_ways import DEFAULT_MODEL, TO_C, VARIANTS, Shape, load, make_step
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
@@ -71,8 +71,7 @@ def measure_seconds(shape: Shape, repeats: int) -> dict[str, list[float]]:
 
 def rows_of(shape: Shape, memory: dict[str, dict[str, Any]], seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
     """One long schema: a row a figure."""
-    folder = Path(shape.model)
-    name = folder.parent.name if folder.name == "model" else folder.name
+    name = Path(shape.model.removesuffix("/model")).name.removeprefix("package:")
     common = {"benchmark": "positioning", "model": name, "experts": shape.experts,
               "rows": shape.rows, "length": shape.length, "dtype": "float32",
               "device": f"cpu ({platform.machine()}, {shape.threads or torch.get_num_threads()} threads)",
@@ -171,7 +170,7 @@ def main() -> None:
     if arguments.out is None:
         parser.error("--out DIR is needed")
     rows, length, repeats = (8, 16, 2) if arguments.quick else (arguments.rows, arguments.length, arguments.steps)
-    shape = Shape(arguments.model or default_model(), arguments.experts, rows, length, arguments.threads)
+    shape = Shape(arguments.model or DEFAULT_MODEL, arguments.experts, rows, length, arguments.threads)
     if shape.threads:
         torch.set_num_threads(shape.threads)
     memory = memory_in_fresh_processes(shape)

