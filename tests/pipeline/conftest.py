@@ -57,6 +57,12 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def own_data_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable that names the shared data would win over the recipe's folder."""
+    monkeypatch.delenv("SCALEMERGE_DATA", raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("tiny-data"))
