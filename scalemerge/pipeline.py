@@ -280,7 +280,7 @@ def write_merge(run: Run, store: Any, merge: Merge) -> Cost:
     record = folder / "scalemerge.json"
     if record.is_file():
         found = read_json(record)
-        if found.get("key") == key:
+        if found.get("key") == key and "cost" in found:  # without it, the writer was killed before its last line
             return Cost.from_dict(found["cost"])
     elif folder.exists():
         raise InputError(f"{folder}: exists but was not written by scalemerge; move it or give another --out")

@@ -54,6 +54,11 @@ def finished(folder: Path, key: str) -> Cost | None:
     return Cost.from_dict(record["cost"])
 
 
+def work_folder(folder: Path) -> Path:
+    """Where log and checkpoints are while a model is trained."""
+    return folder.with_name(f"{folder.name}.work")
+
+
 def load_encoder(base: Base) -> Encoder:
     return Encoder.load(
         base.path,
@@ -70,6 +75,7 @@ def train(job: Job, folder: Path) -> Cost:
     key = job.key()
     done = finished(folder, key)
     if done is not None:
+        shutil.rmtree(work_folder(folder), ignore_errors=True)
         return done
     require_writable(folder.parent)
     accelerator = make_accelerator(job.settings)
@@ -83,7 +89,7 @@ def train(job: Job, folder: Path) -> Cost:
 class _Trainer:
     def __init__(self, job: Job, key: str, folder: Path, accelerator: Any) -> None:
         self.job, self.key, self.folder, self.accelerator = job, key, folder, accelerator
-        self.work = folder.with_name(f"{folder.name}.work")
+        self.work = work_folder(folder)
         self.settings = job.settings
         encoder = load_encoder(job.base)
         _set_dropout(encoder.backbone, self.settings.dropout)
