@@ -14,8 +14,6 @@ moment continues from the last finished piece (training and positioning from the
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable
@@ -23,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scalemerge.checkpoints.atomic import read_json, require_writable, write_json, write_text
+from scalemerge.checkpoints.atomic import RECORD, read_json, require_writable, write_json, write_text
 from scalemerge.errors import InputError
 from scalemerge.progress import Progress, say
 from scalemerge.recipe import DATA_VARIABLE, Evaluation, Merge, Recipe, dump_recipe
@@ -169,29 +167,24 @@ def open_store(run: Run) -> Any:
 
 def position_key(run: Run, store: Any) -> str:
     """A hash of all that decides the coefficients: base, experts, probe rows, losses and settings."""
-    from scalemerge.checkpoints.revision import model_revision
+    from scalemerge.checkpoints.revision import content_key
     from scalemerge.data.probe import manifest
 
-    settings = run.recipe.positioning.model_dump(exclude={"checkpoint_every"})
     described = {
-        "weights": [model_revision(folder) for folder in (store.base_folder, *store.folders)],
+        "weights": store.revisions,
         "experts": store.experts,
         "probe": manifest(run.data, run.recipe.probe),
         "texts": {
-            name: [hash_rows(data.probe.texts), hash_rows(data.validation.texts)] for name, data in run.data.items()
+            name: [content_key(data.probe.texts), content_key(data.validation.texts)] for name, data in run.data.items()
         },
         "tasks": {
             name: task.model_dump(include={"kind", "loss", "prompts"}) for name, task in run.recipe.tasks.items()
         },
-        "settings": settings,
+        "settings": run.recipe.positioning.model_dump(exclude={"checkpoint_every"}),
         "seed": run.recipe.seed,
         "base": run.recipe.base.model_dump(),
-    }  # fmt: skip
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def hash_rows(texts: list[tuple[int, ...]]) -> str:
-    return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
+    }
+    return content_key(described)
 
 
 def position(run: Run) -> Cost:
@@ -248,6 +241,7 @@ def write_merges(run: Run) -> dict[str, Cost]:
 
 
 def write_merge(run: Run, store: Any, merge: Merge) -> Cost:
+    from scalemerge.checkpoints.revision import content_key
     from scalemerge.merging import combine_learned, find_method, read_coefficients, write_merged
 
     folder = run.out / "merged" / merge.key
@@ -276,8 +270,8 @@ def write_merge(run: Run, store: Any, merge: Merge) -> Cost:
         def combine(name: str, base: Any, task_vectors: Any) -> Any:
             return method(base, task_vectors, parameters)
 
-    key = merge_key(store, description, merge.dtype)
-    record = folder / "scalemerge.json"
+    key = content_key([store.revisions, description, merge.dtype])
+    record = folder / RECORD
     if record.is_file():
         found = read_json(record)
         if found.get("key") == key and "cost" in found:  # without it, the writer was killed before its last line
@@ -291,23 +285,14 @@ def write_merge(run: Run, store: Any, merge: Merge) -> Cost:
     return cost
 
 
-def merge_key(store: Any, description: dict[str, Any], dtype: str | None) -> str:
-    from scalemerge.checkpoints.revision import model_revision
-
-    weights = [model_revision(folder) for folder in (store.base_folder, *store.folders)]
-    text = json.dumps([weights, description, dtype], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 # ---- evaluation and report ---------------------------------------------------------------------------------------
 
 
 def models(run: Run) -> dict[str, tuple[Path, Cost]]:
     """Everything to score, with what it cost to make: an expert counts once in every merge that uses it."""
-    from scalemerge.training.loop import DONE
 
     def trained(folder: Path) -> Cost:
-        return Cost.from_dict(read_json(folder / DONE)["cost"]) if (folder / DONE).is_file() else Cost()
+        return Cost.from_dict(read_json(folder / RECORD)["cost"]) if (folder / RECORD).is_file() else Cost()
 
     found = {"base": (run.base_folder(), Cost())}
     experts = {f"expert:{name}": trained(folder) for name, folder in run.experts.items()}
@@ -318,9 +303,9 @@ def models(run: Run) -> dict[str, tuple[Path, Cost]]:
         found[f"joint:{name}"] = (folder, trained(folder))
     for merge in run.recipe.merges:
         folder = run.out / "merged" / merge.key
-        if not (folder / "scalemerge.json").is_file():
+        if not (folder / RECORD).is_file():
             raise InputError(f"{folder}: the merged model is missing; run 'scalemerge merge' first")
-        own = Cost.from_dict(read_json(folder / "scalemerge.json")["cost"])
+        own = Cost.from_dict(read_json(folder / RECORD)["cost"])
         if merge.method == LEARNED:
             own = own.plus(Cost.from_dict(read_json(run.position_folder / "cost.json")))
         found[f"merge:{merge.key}"] = (folder, own.including(experts))
@@ -329,26 +314,31 @@ def models(run: Run) -> dict[str, tuple[Path, Cost]]:
 
 def evaluate(run: Run) -> None:
     """Score all models into DIR/results.json; what is scored already is not scored again."""
-    from scalemerge.evaluation.results import record_model
-    from scalemerge.evaluation.scorer import evaluate as score
-
     assert run.suite is not None
     for key, (path, cost) in models(run).items():
-        with Progress(f"scoring {key}", len(run.suite.tasks), unit="task") as progress:
+        name = f"{run.recipe.name}-{key.replace(':', '-')}"
+        score(path, run.suite, key, name, run.out, run.recipe.evaluation.batch_size, cost)
 
-            def report(done: int, total: int, name: str, bar: Progress = progress) -> None:
-                bar.advance(done - bar.count)
 
-            scores = score(
-                path,
-                run.suite,
-                model_name=f"{run.recipe.name}-{key.replace(':', '-')}",
-                output_dir=run.out,
-                batch_size=run.recipe.evaluation.batch_size,
-                progress=report,
-                device=_device(),
-            )
-        record_model(run.out / "results.json", run.suite, key, path, scores, cost.as_dict(), device=_device())
+def score(
+    path: str | Path, suite: Suite, key: str, name: str, out: Path, batch_size: int, cost: Cost | None = None
+) -> dict[str, Any]:
+    """Score one model under `name` (mteb's) and record it under `key` in OUT/results.json. Returns the scores."""
+    from scalemerge.evaluation.results import record_model
+    from scalemerge.evaluation.scorer import evaluate as run_mteb
+
+    with Progress(f"scoring {key}", len(suite.tasks), unit="task") as progress:
+        scores = run_mteb(
+            path,
+            suite,
+            model_name=name,
+            output_dir=out,
+            batch_size=batch_size,
+            progress=lambda done, total, task: progress.advance(done - progress.count),
+            device=_device(),
+        )
+    record_model(out / "results.json", suite, key, path, scores, cost.as_dict() if cost else None, device=_device())
+    return scores
 
 
 def report(out: Path, *, detail: bool = False) -> Path:
@@ -367,24 +357,11 @@ def score_folder(
     model: str, wanted: Evaluation, out: Path, *, name: str | None = None, data: Path | None = None
 ) -> None:
     """`scalemerge eval`: score one model folder into OUT/results.json and print the table."""
-    from scalemerge.evaluation.results import record_model
-    from scalemerge.evaluation.scorer import evaluate as score
-
     require_writable(out)
     folder = data or os.environ.get(DATA_VARIABLE)
     suite = make_suite(wanted, str(folder) if folder else None)
     name = name or Path(model).name
-    with Progress(f"scoring {name}", len(suite.tasks), unit="task") as progress:
-        scores = score(
-            model,
-            suite,
-            model_name=name,
-            output_dir=out,
-            batch_size=wanted.batch_size,
-            progress=lambda done, total, task: progress.advance(done - progress.count),
-            device=_device(),
-        )
-    record_model(out / "results.json", suite, f"model:{name}", model, scores, device=_device())
+    scores = score(model, suite, f"model:{name}", name, out, wanted.batch_size)
     for task, points in scores["scores"].items():
         print(f"{task:24s} {points:6.2f}")
     print(f"{'mean over types':24s} {scores['mean']:6.2f}")

@@ -154,3 +154,15 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}: set SCALEMERGE_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def live_bytes() -> Any:
+    """The counter of live tensor bytes that the benchmarks use."""
+    spec = importlib.util.spec_from_file_location(
+        "measuring", Path(__file__).resolve().parents[1] / "benchmarks" / "measuring.py"
+    )
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.LiveBytes

@@ -13,11 +13,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from scalemerge.errors import InputError
 
 PARTIAL = ".partial"
+RECORD = "scalemerge.json"  # in the folder of every model made here: the key of what decided it, and its cost
 
 
 def explain_os_error(error: OSError, path: Path) -> InputError:
@@ -71,6 +72,13 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the right folder") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); delete it and run the stage again") from None
+
+
+def open_log(path: Path, keep: int) -> TextIO:
+    """A log of one line a step, open for appending after its first `keep` lines: what a resumed run still stands by."""
+    kept = path.read_text(encoding="utf-8").splitlines()[:keep] if path.is_file() else []
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return open(path, "a", encoding="utf-8")
 
 
 @contextmanager

@@ -21,6 +21,11 @@ _SMALL_FILES = (
 )  # fmt: skip
 
 
+def content_key(content: object) -> str:
+    """16 hex digits of anything JSON can write: what decides a product, so that a stale one is never taken for it."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def model_revision(folder: str | Path) -> str:
     """40 hex digits of the weights, tokenizer, module, pooling and prompt files. Raises InputError without weights."""
     folder = Path(folder)

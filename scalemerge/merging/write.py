@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalemerge.checkpoints.atomic import new_folder, read_json, write_json, write_text
+from scalemerge.checkpoints.atomic import RECORD, new_folder, read_json, write_json, write_text
 from scalemerge.checkpoints.reader import SINGLE, TensorSpec
 from scalemerge.checkpoints.writer import write_safetensors
 from scalemerge.encoder import read_modules
@@ -24,7 +24,6 @@ from scalemerge.progress import Progress, say
 from scalemerge.task_vectors import TaskVectorStore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RECORD = "scalemerge.json"
 _BLOCK = 2**18  # elements that are compared at a time
 _NOT_CARRIED = {"README.md", RECORD, "training.jsonl", ".gitattributes"}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack", ".index.json")

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scalemerge.checkpoints.atomic import require_writable, write_json
+from scalemerge.checkpoints.atomic import open_log, require_writable, write_json
 from scalemerge.data.collate import collate
 from scalemerge.data.sampling import batch_stream
 from scalemerge.data.tasks import TaskRows
@@ -159,7 +159,7 @@ class Search:
             state.start_validation = state.best_validation = self._plain_objective(at_start, state.scales)
             self.cost.seconds += time.monotonic() - began
         streams = {name: islice(stream, state.step, None) for name, stream in self._streams.items()}
-        history = self._open_history(state.step)
+        history = open_log(self.folder / HISTORY, state.step)
         with Progress("positioning", settings.steps, done=state.step) as progress:
             while state.step < settings.steps and state.without_improvement < settings.patience:
                 began = time.monotonic()
@@ -280,9 +280,3 @@ class Search:
         self.cost = Cost.from_dict(state.cost)
         say(f"positioning: resumed at step {state.step} of {self.settings.steps}")
         return state
-
-    def _open_history(self, steps: int) -> Any:
-        path = self.folder / HISTORY
-        kept = path.read_text().splitlines()[:steps] if path.is_file() else []
-        path.write_text("".join(f"{line}\n" for line in kept))
-        return open(path, "a", encoding="utf-8")

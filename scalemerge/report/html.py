@@ -9,12 +9,12 @@ and no random id in it, so the same run gives the same bytes.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from scalemerge.checkpoints.atomic import write_text
 from scalemerge.report import curves, plots, quantities
 from scalemerge.report.drawing import GRID, INK
 from scalemerge.report.extras import require
@@ -48,12 +48,7 @@ def write_report(folder: Path | str) -> Path:
     folder = Path(folder)
     page = render_report(read_run(folder))
     target = folder / "report.html"
-    unfinished = folder / f".report.html.{os.getpid()}"
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_text(target, page)
     return target
 
 

@@ -8,6 +8,7 @@ computed: another architecture, another vocabulary, a missing or truncated file,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from scalemerge.checkpoints.atomic import read_json
 from scalemerge.checkpoints.reader import Checkpoint
+from scalemerge.checkpoints.revision import model_revision
 from scalemerge.errors import InputError
 
 # What must agree between a base and its experts for the difference of their weights to mean anything.
@@ -51,6 +53,11 @@ class TaskVectorStore:
             shared &= set(checkpoint.specs)
         #: names of the tensors that base and all experts have, floating point only
         self.names = [name for name, spec in self.base.specs.items() if name in shared and spec.dtype.is_floating_point]
+
+    @cached_property
+    def revisions(self) -> list[str]:
+        """What identifies the weights of base and experts; hashed once, as it reads every byte."""
+        return [model_revision(folder) for folder in (self.base_folder, *self.folders)]
 
     def _check(self, checkpoint: Checkpoint) -> None:
         ours, theirs = _config(self.base_folder), _config(checkpoint.folder)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from scalemerge.checkpoints.revision import content_key
 from scalemerge.data.probe import TaskData
 from scalemerge.data.sampling import PlannedBatch, allot, mixing_weights, plan_batches, steps_for
 from scalemerge.data.tasks import TaskRows
@@ -36,10 +35,7 @@ class Job:
 
     def key(self) -> str:
         """A hash of everything that decides the weights: settings, tasks, seed, and the rows themselves."""
-        rows = {
-            name: hashlib.sha256(repr((table.ids, table.texts)).encode()).hexdigest()
-            for name, table in self.tables.items()
-        }
+        rows = {name: content_key([table.ids, table.texts]) for name, table in self.tables.items()}
         described = {
             "base": self.base.model_dump(),
             "tasks": {name: task.model_dump(exclude={"sources", "probe_sources"}) for name, task in self.tasks.items()},
@@ -48,7 +44,7 @@ class Job:
             "settings": self.settings.model_dump(exclude={"checkpoint_every", "engine"}),
             "seed": self.seed,
         }
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+        return content_key(described)
 
 
 def expert_steps(recipe: Recipe, data: Mapping[str, TaskData], name: str) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scalemerge.checkpoints.atomic import new_folder, read_json, require_writable, write_json
+from scalemerge.checkpoints.atomic import RECORD, new_folder, open_log, read_json, require_writable, write_json
 from scalemerge.data.collate import collate
 from scalemerge.encoder import Encoder
 from scalemerge.errors import InputError
@@ -28,8 +28,6 @@ from scalemerge.recipe import Base, Training
 from scalemerge.report.cost import Cost, FlopCounter, peak_bytes
 from scalemerge.training.engine import make_accelerator, verify_engine
 from scalemerge.training.job import Job
-
-DONE = "scalemerge.json"  # in a finished model's folder: the job's key and the cost
 
 
 def learning_rate(settings: Training, step: int, total: int) -> float:
@@ -46,9 +44,9 @@ def finished(folder: Path, key: str) -> Cost | None:
     """The cost of a model that is already trained, or None. Raises InputError when it was trained differently."""
     if not folder.exists():
         return None
-    if not (folder / DONE).is_file():
+    if not (folder / RECORD).is_file():
         raise InputError(f"{folder}: exists but was not written by scalemerge; move it or give another --out")
-    record = read_json(folder / DONE)
+    record = read_json(folder / RECORD)
     if record.get("key") != key:
         raise InputError(f"{folder}: was trained with another recipe, data or base; delete it or give another --out")
     return Cost.from_dict(record["cost"])
@@ -201,10 +199,7 @@ class _Trainer:
         if not self.accelerator.is_main_process:
             return None
         self.work.mkdir(parents=True, exist_ok=True)
-        path = self.work / "training.jsonl"
-        kept = path.read_text().splitlines()[:start] if path.is_file() else []
-        path.write_text("".join(f"{line}\n" for line in kept))
-        return open(path, "a", encoding="utf-8")
+        return open_log(self.work / "training.jsonl", start)
 
     def _finish(self) -> None:
         state = self.accelerator.get_state_dict(self.model)
@@ -217,7 +212,7 @@ class _Trainer:
             with new_folder(self.folder) as temporary:
                 encoder.save(temporary, state_dict=weights)
                 shutil.copy(self.work / "training.jsonl", temporary / "training.jsonl")
-                write_json(temporary / DONE, {"key": self.key, "engine": self.engine, "cost": self.cost.as_dict()})
+                write_json(temporary / RECORD, {"key": self.key, "engine": self.engine, "cost": self.cost.as_dict()})
             shutil.rmtree(self.work, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,18 +11,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from scalemerge.layers import Coefficients
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def live_bytes() -> Any:
-    """The counter of live tensor bytes that the benchmarks use."""
-    spec = importlib.util.spec_from_file_location("measuring", REPOSITORY / "benchmarks" / "measuring.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.LiveBytes
 
 
 def make_numbers(*shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:

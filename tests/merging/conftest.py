@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,18 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="session")
-def live_bytes() -> Any:
-    """The counter of live tensor bytes that the benchmarks use."""
-    spec = importlib.util.spec_from_file_location("measuring", REPOSITORY / "benchmarks" / "measuring.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.LiveBytes
 
 
 def nudge(source: Path, target: Path, seed: int, scale: float) -> Path:
