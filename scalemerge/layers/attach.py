@@ -9,19 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
+from scalemerge.kernels.formats import TaskVector
 from scalemerge.layers.coefficients import Coefficients
-from scalemerge.layers.merged import MergedEmbedding, MergedLayer, MergedLinear, MergedModule
+from scalemerge.layers.embedding import MergedEmbedding
+from scalemerge.layers.linear import MergedConv1D, MergedLinear
+from scalemerge.layers.merged import MergedLayer, MergedLayerNorm, MergedModule, MergedRMSNorm
+from scalemerge.layers.settings import MergeSettings
 
 
 def attach(
-    model: nn.Module, task_vectors: Mapping[str, Sequence[Tensor]], coefficients: Coefficients
+    model: nn.Module,
+    task_vectors: Mapping[str, Sequence[TaskVector]],
+    coefficients: Coefficients,
+    settings: MergeSettings | None = None,
 ) -> list[MergedLayer]:
     """Swap merged layers in, in place.
 
-    task_vectors: E tensors for each parameter name of `model`, float32 or the model's dtype.
-    coefficients: where each parameter finds its c.
+    task_vectors: E for each parameter name of `model`: tensors of any floating-point dtype, or Quantized and LowRank
+    ones (kernels.formats), mixed as you like. coefficients: where each parameter finds its c. settings: strategy,
+    precision, chunk size and the rest; shared by all layers.
     Returns the layers swapped in. Raises ValueError for a name that the model does not have or a shape that differs.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -29,29 +37,30 @@ def attach(
     names_of: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
         names_of.setdefault(id(parameter), []).append(name)
-    by_module: dict[str, dict[str, list[Tensor]]] = {}
+    by_module: dict[str, dict[str, list[TaskVector]]] = {}
     placed: set[int] = set()
     for name, vectors in task_vectors.items():
         if name not in parameters:
             raise ValueError(f"the model has no parameter '{name}'; were the task vectors made from another base?")
-        if name not in coefficients.rows:
+        if name not in coefficients.rows and name not in coefficients.by_row:
             raise ValueError(f"no coefficients for '{name}'")
         if id(parameters[name]) in placed:
             continue
         placed.add(id(parameters[name]))
         here = [vector.to(parameters[name].device) for vector in vectors]
         for alias in names_of[id(parameters[name])]:
-            coefficients.rows[alias] = coefficients.rows[name]
+            coefficients.alias(name, alias)
             module_name, _, own_name = alias.rpartition(".")
             by_module.setdefault(module_name, {})[own_name] = here
     if "" in by_module:
         raise ValueError("parameters directly on the model cannot be merged; wrap the model in a module")
     model.requires_grad_(False)
+    settings = settings or MergeSettings()
     swapped: dict[int, MergedLayer] = {}
     for module_name, vectors_of in by_module.items():
         original = modules[module_name]
         if id(original) not in swapped:
-            swapped[id(original)] = _layer_for(original)(original, vectors_of, coefficients, module_name)
+            swapped[id(original)] = _layer_for(original)(original, vectors_of, coefficients, module_name, settings)
     for module in modules.values():
         for child_name, child in list(module._modules.items()):
             if child is not None and id(child) in swapped:
@@ -73,8 +82,16 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 def _layer_for(module: nn.Module) -> type[MergedLayer]:
-    if type(module) is nn.Linear:
+    kind = type(module)
+    if kind is nn.Linear:
         return MergedLinear
-    if type(module) is nn.Embedding and module.max_norm is None:
+    if kind.__name__ == "Conv1D" and hasattr(module, "nf"):
+        return MergedConv1D
+    if kind is nn.LayerNorm:
+        return MergedLayerNorm
+    if kind.__name__.endswith(("RMSNorm", "T5LayerNorm")):
+        return MergedRMSNorm
+    scaled = isinstance(module, nn.Embedding) and "ScaledWordEmbedding" in kind.__name__
+    if (kind is nn.Embedding or scaled) and module.max_norm is None:
         return MergedEmbedding
     return MergedModule
