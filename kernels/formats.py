@@ -129,11 +129,13 @@ def dequantize_into(out: Tensor, values: Tensor, scales: Tensor, group_size: int
     """Columns [first_column, first_column + width of out) of some rows, multiplied by their scales, into `out`."""
     c0, c1 = first_column, first_column + out.shape[1]
     if values.dtype == torch.uint8:
+        bits = out.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[out.element_size()])  # so that no copy is made
         for parity in (0, 1):
-            wanted = out[:, (parity - c0) % 2 :: 2]
+            wanted = bits[:, (parity - c0) % 2 :: 2]
             start = c0 + (parity - c0) % 2
-            packed = values[:, start // 2 : start // 2 + wanted.shape[1]]
-            wanted.copy_((packed >> 4) if parity else (packed & 15)).sub_(INT4_ZERO)
+            wanted.copy_(values[:, start // 2 : start // 2 + wanted.shape[1]])
+            _ = wanted.bitwise_right_shift_(4) if parity else wanted.bitwise_and_(15)
+        out.copy_(bits).sub_(INT4_ZERO)
     else:
         out.copy_(values[:, c0:c1])
     aligned = c1 // group_size * group_size
@@ -175,16 +177,16 @@ class Packed:
         for vector in task_vectors:
             if vector.shape != shape:
                 raise ValueError(f"a task vector has shape {list(vector.shape)}, another one {list(shape)}")
-        merged = tuple(i for i, vector in enumerate(task_vectors) if not isinstance(vector, LowRank))
-        values, scales, groups = [], [], []
-        for i in merged:
-            vector = task_vectors[i]
-            quantized = isinstance(vector, Quantized)
-            values.append(vector.values if isinstance(vector, Quantized) else vector)
-            scales.append(vector.scales if isinstance(vector, Quantized) else values[-1].new_empty(0))
-            groups.append(vector.group_size if isinstance(vector, Quantized) else 0)
-            if not quantized and not values[-1].is_floating_point():
-                raise ValueError(f"a dense task vector must be floating point, not {values[-1].dtype}")
+        merged, values, scales, groups = [], [], [], []
+        for i, vector in enumerate(task_vectors):
+            if isinstance(vector, LowRank):
+                continue
+            if isinstance(vector, Tensor) and not vector.is_floating_point():
+                raise ValueError(f"a dense task vector must be floating point, not {vector.dtype}")
+            merged.append(i)
+            values.append(vector if isinstance(vector, Tensor) else vector.values)
+            scales.append(vector.new_empty(0) if isinstance(vector, Tensor) else vector.scales)
+            groups.append(0 if isinstance(vector, Tensor) else vector.group_size)
         low = [(i, vector) for i, vector in enumerate(task_vectors) if isinstance(vector, LowRank)]
         low_rank = a = b = None
         if low:
@@ -193,7 +195,7 @@ class Packed:
             a = torch.cat([vector.a for _, vector in low])
             b = torch.cat([vector.b for _, vector in low], dim=1).contiguous()
         lists = tuple(values), tuple(scales), tuple(groups)
-        return cls(shape, len(task_vectors), merged, *lists, low_rank, a, b)
+        return cls(shape, len(task_vectors), tuple(merged), *lists, low_rank, a, b)
 
     @classmethod
     def of_none(cls, shape: torch.Size) -> Packed:

@@ -63,10 +63,7 @@ def _merge_weights_kernel(
     own_columns = (tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
     row_mask = own_rows < row_count
     mask = row_mask & (own_columns < column_count)
-    if HAS_INDEX:
-        rows = tl.load(index + own_rows, mask=row_mask, other=0).to(tl.int64)
-    else:
-        rows = own_rows + first_row
+    rows = tl.load(index + own_rows, mask=row_mask, other=0).to(tl.int64) if HAS_INDEX else own_rows + first_row
     total = merged_tile(
         base,
         values,
@@ -76,13 +73,12 @@ def _merge_weights_kernel(
         value_strides,
         scale_strides,
         rows,
-        own_columns + first_column,
-        mask,
         row_mask,
         first_column + tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS,
-        tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32),
+        first_column + column_count,
         KINDS,
         GROUPS,
+        BLOCK_COLUMNS,
         HAS_BASE,
         COEFFICIENT_ROWS,
     )
@@ -159,27 +155,30 @@ def merge_weights_reference(
     out: buffer of the block's shape and the dtype wanted; made in the accumulation dtype when not given.
     """
     block = None if base is None else dense_block(base, rows, columns)
-    dtype = accumulation_dtype((block if block is not None else out).dtype)  # type: ignore[union-attr]
+    like = block if block is not None else out
+    assert like is not None, "without a base, give out"
+    dtype = accumulation_dtype(like.dtype)
     direct = out is not None and out.dtype == dtype
-    total: Tensor | None = out if direct else None
+    total = out if direct and out is not None else torch.empty(like.shape, dtype=dtype, device=like.device)
     started = False
     for coefficient, vector in zip(coefficients, task_vectors, strict=True):
         by_row = isinstance(coefficient, Tensor)
         if not by_row and coefficient == 0.0:
             continue
         part = block_in(dtype, vector, rows, columns)
-        if by_row:
-            total = (total if started else _start(block, part, dtype, total)).addcmul_(part, coefficient)
-        elif started:
-            total.add_(part, alpha=coefficient)  # type: ignore[union-attr]
-        elif block is not None and block.dtype == part.dtype == dtype:
-            total = torch.add(block, part, alpha=coefficient, out=total)
+        if not started and not by_row and block is not None and block.dtype == dtype:
+            torch.add(block, part, alpha=coefficient, out=total)  # type: ignore[arg-type]
         else:
-            total = _start(block, part, dtype, total).add_(part, alpha=coefficient)
+            if not started:
+                _start(total, block)
+            if isinstance(coefficient, Tensor):
+                total.addcmul_(part, coefficient)
+            else:
+                total.add_(part, alpha=coefficient)
         started = True
     if not started:
-        total = _start(block, block if block is not None else out, dtype, total)
-    return total if direct or out is None else out.copy_(total)  # type: ignore[return-value]
+        _start(total, block)
+    return total if out is None or direct else out.copy_(total)
 
 
 def block_in(
@@ -194,12 +193,12 @@ def block_in(
     return dense_block(vector, rows, columns, dtype=dtype, out=workspace(DEQUANTIZED, shape, dtype, device))
 
 
-def _start(block: Tensor | None, like: Tensor | None, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    """The base block (zeros without one) in the accumulation dtype."""
+def _start(total: Tensor, block: Tensor | None) -> None:
+    """The base block, or zeros without one."""
     if block is None:
-        assert like is not None
-        return torch.zeros(like.shape, dtype=dtype, device=like.device) if out is None else out.zero_()
-    return block.to(dtype, copy=True) if out is None else out.copy_(block)
+        total.zero_()
+    else:
+        total.copy_(block)
 
 
 def merge_weights(
@@ -224,11 +223,11 @@ def merge_weights(
     vectors = [unpack(*one, shape) for one in zip(values, scales, groups)]
     whole = tuple(columns) == (0, shape[1])
     by_row = coefficients.dim() == 2
-    c = list(coefficients[:, slice(*rows), None].to(out.dtype)) if by_row else coefficients.tolist()
-    return merge_weights_reference(base, vectors, c, tuple(rows), None if whole else tuple(columns), out=out)
+    c = list(coefficients[:, slice(*rows), None].to(accumulation_dtype(out.dtype))) if by_row else coefficients.tolist()
+    return merge_weights_reference(base, vectors, c, rows, None if whole else columns, out=out)
 
 
-def _matrix(tensor: Tensor) -> Tensor:
+def matrix(tensor: Tensor) -> Tensor:
     """A vector as a matrix of one row: the kernels know matrices only."""
     return tensor.view(1, -1) if tensor.dim() < 2 else tensor.reshape(tensor.shape[0], -1)
 
@@ -240,8 +239,8 @@ def merged_weight(
     """W0 + sum_i c_i T_i whole, in W0's dtype, differentiable in the coefficients [E]. Meant for small weights."""
     if use_triton(base):
         out = torch.empty_like(base)
-        flat = [_matrix(value) for value in values]
-        merge_weights_triton(_matrix(base), flat, scales, groups, coefficients.float(), _matrix(out))
+        flat = [matrix(value) for value in values]
+        merge_weights_triton(matrix(base), flat, scales, groups, coefficients.float(), matrix(out))
         return out
     vectors = [unpack(*one, base.shape) for one in zip(values, scales, groups)]
     return merge_weights_reference(base, vectors, coefficients.tolist()).to(base.dtype, copy=True)

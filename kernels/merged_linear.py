@@ -8,8 +8,9 @@ scalemerge.layers.product is the way.
     along rows (nn.Linear)     y[m, n] = sum_k x[m, k] W[n, k]
     along columns (Conv1D, or dX of nn.Linear)     y[m, k] = sum_n x[m, n] W[n, k]
 
-The merged tile is the left operand of the dot, so that it can stay in registers: y' = W x'. The contraction is cut
-into parts where there are too few tiles to fill the device; the parts are added in a fixed order.
+Along rows the merged tile is the left operand of the dot, so that it stays in registers: y' = W x'. Along columns it is
+the right one, y = x W: a transposed left operand has each thread read columns of W, which spills on sm_100. The
+contraction is cut into parts where there are too few tiles to fill the device; the parts are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -71,21 +72,14 @@ def _merged_linear_kernel(
     rows = tl.program_id(2).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < row_count
     output_mask = outputs < output_count
-    total = tl.zeros((BLOCK_OUT, BLOCK_M), tl.float32)
+    total = tl.zeros((BLOCK_OUT, BLOCK_M) if ALONG_ROWS else (BLOCK_M, BLOCK_OUT), tl.float32)
     for step in range(part, tl.cdiv(length, BLOCK_IN), SPLITS):
         start = step * BLOCK_IN
         inner = (start + tl.arange(0, BLOCK_IN)).to(tl.int64)
         inner_mask = inner < length
-        if ALONG_ROWS:
-            weight_rows = outputs[:, None]
-            weight_columns = inner[None, :]
-            weight_row_mask = output_mask[:, None]
-            first_column = start
-        else:  # the tile is read transposed: [outputs = columns of W, inner = rows of W]
-            weight_rows = inner[None, :]
-            weight_columns = outputs[:, None]
-            weight_row_mask = inner_mask[None, :]
-            first_column = tl.program_id(0).to(tl.int64) * BLOCK_OUT
+        x_tile = tl.load(
+            x + rows[:, None] * x_stride + inner[None, :], mask=row_mask[:, None] & inner_mask[None, :], other=0.0
+        ).to(DOT_DTYPE)
         weight = merged_tile(
             base,
             values,
@@ -94,23 +88,23 @@ def _merged_linear_kernel(
             base_stride,
             value_strides,
             scale_strides,
-            weight_rows,
-            weight_columns,
-            output_mask[:, None] & inner_mask[None, :],
-            weight_row_mask,
-            first_column,
-            tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32),
+            (outputs if ALONG_ROWS else inner)[:, None],
+            (output_mask if ALONG_ROWS else inner_mask)[:, None],
+            start.to(tl.int64) if ALONG_ROWS else tl.program_id(0).to(tl.int64) * BLOCK_OUT,
+            length if ALONG_ROWS else output_count,
             KINDS,
             GROUPS,
+            BLOCK_IN if ALONG_ROWS else BLOCK_OUT,
             HAS_BASE,
             COEFFICIENT_ROWS,
         )
-        x_tile = tl.load(
-            x + rows[:, None] * x_stride + inner[None, :], mask=row_mask[:, None] & inner_mask[None, :], other=0.0
-        )
-        total = tl.dot(
-            weight.to(ROUND_DTYPE).to(DOT_DTYPE), tl.trans(x_tile.to(DOT_DTYPE)), total, input_precision=PRECISION
-        )
+        weight = weight.to(ROUND_DTYPE).to(DOT_DTYPE)
+        if ALONG_ROWS:
+            total = tl.dot(weight, tl.trans(x_tile), total, input_precision=PRECISION)
+        else:
+            total = tl.dot(x_tile, weight, total, input_precision=PRECISION)
+    if not ALONG_ROWS:
+        total = tl.trans(total)
     if HAS_BIAS:
         total += tl.load(bias + outputs, mask=output_mask, other=0.0).to(tl.float32)[:, None]
     place = (part.to(tl.int64) * row_count + rows[None, :]) * output_count + outputs[:, None]

@@ -4,8 +4,8 @@ A kernel gets the E task vectors of a weight as a tuple of pointers, unrolled at
 int4 ones may be mixed without a copy. KINDS[e] is 0 (dense), 8 or 4; GROUPS[e] the columns of a scale.
 All row and column numbers are int64 before they meet a stride: int32 overflows on large weights.
 
-Under TRITON_INTERPRET=1 the same kernels run on CPU tensors; there, tl.dot is wrong for bfloat16 (measured), so tiles go
-into it as float32.
+Under TRITON_INTERPRET=1 the same kernels run on CPU tensors; there, tl.dot is wrong for bfloat16 (measured), so tiles
+go into it as float32.
 """
 
 from __future__ import annotations
@@ -76,31 +76,38 @@ def task_vector_tile(
     value_stride,
     scale_stride,
     rows,
-    columns,
-    mask,
     row_mask,
     first_column,
+    column_stop,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
-    ONE_GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """T[rows, columns] in float32, zero where masked. rows and columns: int64, broadcastable against each other.
+    """T[rows, first_column : first_column + COLUMNS] in float32. rows: int64 [R, 1]; first_column: int64.
 
-    ONE_GROUP: all columns share the scale of `first_column`, so that one scale a row is loaded.
+    Zero where row_mask is false and from column_stop on, but for the other half of int4's last byte. The tile lies in
+    one quantization group or is made of whole ones. Bytes and scales are read once each and spread out afterwards,
+    because a load per element is neither wide nor shared.
     """
-    if KIND == 0:
-        tile = tl.load(values + rows * value_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    if KIND == 4:
+        places = first_column // 2 + tl.arange(0, COLUMNS // 2)[None, :]
+        inside = row_mask & (places < column_stop - column_stop // 2)  # rounded up
+        packed = tl.load(values + rows * value_stride + places, mask=inside, other=136)
+        tile = tl.interleave(packed & 15, packed >> 4).to(tl.float32) - 8
     else:
-        if KIND == 4:
-            byte = tl.load(values + rows * value_stride + columns // 2, mask=mask, other=136).to(tl.int32)
-            tile = (((byte >> ((columns % 2) * 4).to(tl.int32)) & 15) - 8).to(tl.float32)
-        else:
-            tile = tl.load(values + rows * value_stride + columns, mask=mask, other=0).to(tl.float32)
-        if ONE_GROUP:
+        columns = first_column + tl.arange(0, COLUMNS)[None, :]
+        tile = tl.load(values + rows * value_stride + columns, mask=row_mask & (columns < column_stop), other=0)
+        tile = tile.to(tl.float32)
+    if KIND != 0:
+        if COLUMNS <= GROUP:
             scale = tl.load(scales + rows * scale_stride + first_column // GROUP, mask=row_mask, other=0.0)
+            tile = tile * scale.to(tl.float32)
         else:
-            scale = tl.load(scales + rows * scale_stride + columns // GROUP, mask=mask, other=0.0)
-        tile = tile * scale.to(tl.float32)
+            groups = first_column // GROUP + tl.arange(0, COLUMNS // GROUP)[None, :]
+            inside = row_mask & (groups * GROUP < column_stop)
+            scale = tl.load(scales + rows * scale_stride + groups, mask=inside, other=0.0).to(tl.float32)
+            grouped = tl.reshape(tile, (tile.shape[0], COLUMNS // GROUP, GROUP)) * scale[:, :, None]
+            tile = tl.reshape(grouped, (tile.shape[0], COLUMNS))
     return tile
 
 
@@ -114,25 +121,24 @@ def merged_tile(
     value_strides,
     scale_strides,
     rows,
-    columns,
-    mask,
     row_mask,
     first_column,
-    zero,
+    column_stop,
     KINDS: tl.constexpr,
     GROUPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     HAS_BASE: tl.constexpr,
     COEFFICIENT_ROWS: tl.constexpr,
 ):
-    """(W0 + sum_i c_i T_i)[rows, columns] in float32; without W0 where HAS_BASE is false. zero: a tile of zeros.
+    """(W0 + sum_i c_i T_i)[rows, first_column : first_column + COLUMNS] in float32, masked as task_vector_tile does.
 
-    All columns of the tile lie in one quantization group, that of `first_column`. COEFFICIENT_ROWS: 0 where c is [E];
-    N where it is [E, N], a coefficient for each row of the weight.
+    Without W0 where HAS_BASE is false. COEFFICIENT_ROWS: 0 where c is [E]; N where it is [E, N], a coefficient for each
+    row of the weight.
     """
     if HAS_BASE:
-        total = tl.load(base + rows * base_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        total = task_vector_tile(base, base, base_stride, 0, rows, row_mask, first_column, column_stop, 0, 0, COLUMNS)
     else:
-        total = zero
+        total = tl.zeros((rows.shape[0], COLUMNS), tl.float32)
     for e in tl.static_range(len(KINDS)):
         tile = task_vector_tile(
             values[e],
@@ -140,13 +146,12 @@ def merged_tile(
             value_strides[e],
             scale_strides[e],
             rows,
-            columns,
-            mask,
             row_mask,
             first_column,
+            column_stop,
             KINDS[e],
             GROUPS[e],
-            True,
+            COLUMNS,
         )
         if COEFFICIENT_ROWS == 0:
             total += tl.load(coefficients + e) * tile

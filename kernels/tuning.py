@@ -54,8 +54,9 @@ def _power_of_two(number: int, least: int, most: int) -> int:
     return min(most, max(least, 1 << max(0, number - 1).bit_length()))
 
 
-def _stages(bytes_a_stage: int, architecture: int, most: int) -> int:
-    budget = int(0.9 * SHARED_MEMORY.get(architecture, 101_376))
+def _stages(bytes_a_stage: int, architecture: int, most: int, kept: int = 0) -> int:
+    """How many stages fit; kept: bytes that are needed once, whatever the stages."""
+    budget = int(0.9 * SHARED_MEMORY.get(architecture, 101_376)) - kept
     return max(1, min(most, budget // bytes_a_stage))
 
 
@@ -70,18 +71,24 @@ def few_rows_tile(
 ) -> Tile:
     """For merged_linear. `rows` of x are all in one tile where they fit (depth); along_rows: y = x W'.
 
-    The tile of the weight is rows x columns as W lies in memory; only one quantization group may be in it.
+    The tile of the weight is rows x columns as W lies in memory, in one quantization group. The compiler keeps `stages`
+    copies of the tile of x, one less of those of W0 and T_i, and one merged tile. More than 128 rows take 8 warps: with
+    4 the sums fill the registers (sm_90, int4: 255 and spills), and two tiles of rows would read every weight twice.
+    float32 products run outside the matrix unit, on operands in registers: larger tiles spill; so do 16 experts' of 64.
     """
-    depth = _power_of_two(rows, 16, 128 if itemsize < 4 else 64)
-    out_width = _power_of_two(outputs, 16, 64)
-    for contracted in (64, 32, 16):
+    wide = itemsize < 4
+    depth = _power_of_two(rows, 16, 256 if wide else 32)
+    out_width = _power_of_two(outputs, 16, 64 if wide else 32)
+    for contracted in (64, 32, 16) if wide and experts <= 8 else (32, 16):
         width = out_width if along_rows else min(out_width, group)
         inner = min(contracted, group) if along_rows else contracted
-        stages = _stages(((experts + 1) * width * inner + depth * inner) * itemsize, architecture, 4)
-        if stages >= 2 or contracted == 16:
+        merged, inputs = width * inner * itemsize, depth * inner * itemsize
+        stages = 1 + _stages((experts + 1) * merged + inputs, architecture, 3, kept=merged + inputs)
+        needed = (stages - 1) * ((experts + 1) * merged + inputs) + merged + inputs
+        if needed <= SHARED_MEMORY.get(architecture, 101_376) or contracted == 16:
             break
     tile_rows, tile_columns = (width, inner) if along_rows else (inner, width)
-    return Tile(tile_rows, tile_columns, depth, warps=4, stages=stages)
+    return Tile(tile_rows, tile_columns, depth, warps=8 if depth > 128 else 4, stages=stages)
 
 
 def gradient_tile(rows: int, columns: int, length: int, itemsize: int, architecture: int) -> Tile:

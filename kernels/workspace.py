@@ -24,6 +24,8 @@ def workspace(slot: int, shape: Sequence[int], dtype: torch.dtype, device: torch
     key = (device, owner, slot)
     buffer = _slots.get(key)
     if buffer is None or buffer.numel() < size:
+        buffer = None
+        _slots.pop(key, None)  # given back first, so that the old one and the new one are never there together
         with torch.inference_mode(False):  # else the buffer could not be written outside that mode
             buffer = _slots[key] = torch.empty(size, dtype=torch.uint8, device=device)
     return buffer[:size].view(dtype).view(*shape)

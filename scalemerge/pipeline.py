@@ -155,14 +155,14 @@ def train_joint(run: Run) -> dict[str, Cost]:
 # ---- positioning -------------------------------------------------------------------------------------------------
 
 
-def open_store(run: Run) -> Any:
-    """The experts' task vectors. Raises InputError for experts that do not fit the base."""
+def open_store(run: Run, form: Any = "float32") -> Any:
+    """The experts' task vectors, held in `form`. Raises InputError for experts that do not fit the base."""
     from scalemerge.task_vectors import TaskVectorStore
 
     for name, folder in run.experts.items():
         if not folder.is_dir():
             raise InputError(f"{folder}: no expert for task '{name}'; run 'scalemerge train' first")
-    return TaskVectorStore(run.base_folder(), run.experts)
+    return TaskVectorStore(run.base_folder(), run.experts, form)
 
 
 def position_key(run: Run, store: Any) -> str:
@@ -194,7 +194,7 @@ def position(run: Run) -> Cost:
     from scalemerge.positioning import Search, build
     from scalemerge.training import load_encoder
 
-    store, folder = open_store(run), run.position_folder
+    store, folder = open_store(run, run.recipe.positioning.task_vectors), run.position_folder
     key = position_key(run, store)
     if (folder / "coefficients.json").is_file():
         if read_coefficients(folder / "coefficients.json").get("key") != key:

@@ -144,6 +144,10 @@ class Probe(_Section):
 
 
 class Positioning(_Section):
+    """How the coefficients are learned. The last five: activations' precision; how W0 and the delta are summed ("split"
+    keeps small deltas in bf16); what task vectors are held in; one in how many token rows the coefficients' gradients
+    are estimated from (1: exact); what of the activations is computed again in backward to save memory."""
+
     position: Literal["slerp", "multislerp", "linear"] = "slerp"
     granularity: Literal["global", "layer", "module"] = "global"
     order: list[str] | None = None
@@ -158,6 +162,10 @@ class Positioning(_Section):
     checkpoint_every: int = Field(10, ge=1)
     length_groups: int = Field(4, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
+    sums: Literal["merge", "split"] = "merge"
+    task_vectors: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
+    sample_rows: int = Field(1, ge=1)
+    recompute: Literal["none", "cheap", "all"] = "none"
 
 
 class Merge(_Section):

@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from scalemerge.kernels.formats import TaskVector
+from scalemerge.kernels.workspace import release_workspace
 from scalemerge.layers.coefficients import Coefficients
 from scalemerge.layers.embedding import MergedEmbedding
 from scalemerge.layers.linear import MergedConv1D, MergedLinear
 from scalemerge.layers.merged import MergedLayer, MergedLayerNorm, MergedModule, MergedRMSNorm
+from scalemerge.layers.recompute import recompute_blocks
 from scalemerge.layers.settings import MergeSettings
 
 
@@ -65,11 +67,14 @@ def attach(
         for child_name, child in list(module._modules.items()):
             if child is not None and id(child) in swapped:
                 module._modules[child_name] = swapped[id(child)]
+    if settings.recompute != "none":
+        recompute_blocks(model, settings.recompute)
     return list(swapped.values())
 
 
 def detach(model: nn.Module) -> nn.Module:
     """The plain model again, in place, with the merged weights at the present coefficients."""
+    recompute_blocks(model, "none")
     restored: dict[int, nn.Module] = {}
     written: set[int] = set()
     for module in list(model.modules()):
@@ -78,6 +83,7 @@ def detach(model: nn.Module) -> nn.Module:
                 if id(child) not in restored:
                     restored[id(child)] = child.restore(written)
                 module._modules[name] = restored[id(child)]
+    release_workspace()  # the largest quantized weight was in it whole
     return model
 
 

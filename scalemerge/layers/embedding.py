@@ -77,7 +77,10 @@ class MergedEmbedding(MergedLayer):
         if c.dim() == 2:
             raise ValueError(f"{self.name}.weight: coefficients by row are for linear layers, not embeddings")
         own = c if packed.all_merged else c[list(packed.merged)]
-        y = merged_embedding(flat, own, self.weight, packed.values, packed.scales, packed.groups)
+        if packed.values:
+            y = merged_embedding(flat, own, self.weight, packed.values, packed.scales, packed.groups)
+        else:
+            y = self.weight[flat]
         if packed.low_rank is not None:
             b, a = packed.b[flat], packed.a  # type: ignore[index]
             dtype = accumulation_dtype(y.dtype)

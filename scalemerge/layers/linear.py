@@ -23,10 +23,9 @@ from scalemerge.layers.product import merged_product
 class _MergedProduct(MergedLayer):
     along_rows = True
 
-    def _cached(self, packed: Packed, c: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """W(c) whole in `dtype`, made anew when the coefficients have moved; None unless caching is on."""
-        if not self.settings.cache or not packed.values:
-            return None
+    @torch.compiler.disable  # a compiled graph does not see coefficients move in place
+    def _cached(self, packed: Packed, c: Tensor, dtype: torch.dtype) -> Tensor:
+        """W(c) whole in `dtype`, made anew when the coefficients have moved."""
         weight, name = self.weight, f"{self.name}.weight"
         key = (self.coefficients.stamp(name), dtype, weight.device)
         if getattr(self, "_cache_key", None) != key:
@@ -61,7 +60,7 @@ class _MergedProduct(MergedLayer):
             packed.scales,
             packed.groups,
             settings.sample(len(flat), device) if packed.values and own.requires_grad else None,
-            self._cached(packed, own, dtype),
+            self._cached(packed, own, dtype) if settings.cache and packed.values else None,
             self.along_rows,
             settings.precision == "split",
             settings.strategy,

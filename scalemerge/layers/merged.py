@@ -70,7 +70,9 @@ class MergedLayer(nn.Module):
         if packed.low_rank is None:
             return merged_weight(base, packed.values, packed.scales, packed.groups, c)
         dtype = accumulation_dtype(base.dtype)
-        total = merged_weight(base.to(dtype), packed.values, packed.scales, packed.groups, c[list(packed.merged)])
+        total = base.to(dtype)
+        if packed.values:
+            total = merged_weight(total, packed.values, packed.scales, packed.groups, c[list(packed.merged)])
         b, a = packed.b.to(dtype), packed.a.to(dtype)  # type: ignore[union-attr]
         return (total + (b * c[packed.low_rank].to(dtype)) @ a).to(base.dtype)
 

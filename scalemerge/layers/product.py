@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ Strategy = Literal["auto", "on_the_fly", "chunked"]
 STRATEGIES = ("auto", "on_the_fly", "chunked")
 
 _MERGED = 0  # workspace slot; 2 is the second buffer of a GPU
-_ALIGNMENT = 256  # blocks of columns start at multiples of every quantization group
+_ALIGNMENT = 256  # blocks of columns start at multiples of every quantization group, narrow ones of their own width
+_LEAST_COLUMNS = 16
 
 
 def choose(strategy: str, rows: int, x: Tensor) -> str:
@@ -51,13 +52,22 @@ def choose(strategy: str, rows: int, x: Tensor) -> str:
 
 
 def blocks(shape: Sequence[int], along_rows: bool, dtype: torch.dtype, chunk_bytes: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows (or of columns) of a weight that fill `chunk_bytes` in the dtype they are merged in."""
+    """Ranges of rows (or of columns) of a weight that fill `chunk_bytes` in the dtype they are merged in.
+
+    At least one row or 16 columns: narrower tiles would be no matrix product.
+    """
     count, width = shape if along_rows else (shape[1], shape[0])
     step = max(1, chunk_bytes // max(1, width * dtype.itemsize))
     if not along_rows and step < count:
-        step = max(_ALIGNMENT, step // _ALIGNMENT * _ALIGNMENT)
+        unit = min(_ALIGNMENT, max(_LEAST_COLUMNS, 1 << (step.bit_length() - 1)))
+        step = max(unit, step // unit * unit)
     for start in range(0, count, step):
         yield start, min(count, start + step)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """What a block is merged in: Triton sums in registers, the reference in the buffer."""
+    return x.dtype if use_triton(x) else accumulation_dtype(x.dtype)
 
 
 @lru_cache
@@ -65,26 +75,25 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+class _Weights(NamedTuple):
+    """What is merged, as the kernels read it. base: None where the delta alone is wanted."""
+
+    base: Tensor | None
+    values: Sequence[Tensor]
+    scales: Sequence[Tensor]
+    groups: Sequence[int]
+    coefficients: Tensor
+    shape: Sequence[int]
+
+
 class _MergedBlocks:
     """Iterates over (start, stop, W(c) block in `dtype`); on a GPU merges one block ahead on a side stream."""
 
-    def __init__(
-        self,
-        base: Tensor | None,
-        values: Sequence[Tensor],
-        scales: Sequence[Tensor],
-        groups: Sequence[int],
-        coefficients: Tensor,
-        shape: Sequence[int],
-        along_rows: bool,
-        dtype: torch.dtype,
-        chunk_bytes: int,
-    ) -> None:
-        self._weights = (base, values, scales, groups, coefficients, shape)
-        self._shape, self._along_rows, self._dtype = shape, along_rows, dtype
-        self._device = coefficients.device
-        self._sum_dtype = dtype if use_triton(coefficients) else accumulation_dtype(dtype)
-        self.ranges = list(blocks(shape, along_rows, self._sum_dtype, chunk_bytes))
+    def __init__(self, weights: _Weights, along_rows: bool, dtype: torch.dtype, chunk_bytes: int) -> None:
+        self._weights, self._along_rows, self._dtype = weights, along_rows, dtype
+        self._shape, self._device = weights.shape, weights.coefficients.device
+        self._sum_dtype = dtype if use_triton(weights.coefficients) else accumulation_dtype(dtype)
+        self.ranges = list(blocks(weights.shape, along_rows, self._sum_dtype, chunk_bytes))
 
     def _merge(self, start: int, stop: int, slot: int) -> Tensor:
         rows, columns = (0, self._shape[0]), (0, self._shape[1])
@@ -96,7 +105,7 @@ class _MergedBlocks:
         return workspace(DEQUANTIZED, size, self._dtype, self._device).copy_(merged)
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
-        if not use_triton(self._weights[4]) or len(self.ranges) == 1:
+        if not use_triton(self._weights.coefficients) or len(self.ranges) == 1:
             for start, stop in self.ranges:
                 yield start, stop, self._merge(start, stop, _MERGED)
             return
@@ -118,17 +127,18 @@ class _MergedBlocks:
                 used.append(main.record_event())
 
 
-def _weights(
-    base: Tensor, values: Sequence[Tensor], scales: Sequence[Tensor], groups: Sequence[int], c: Tensor, split: bool
-) -> tuple[Any, ...]:
-    """What is merged: base and task vectors, or with `split` the delta alone; c as the kernels read it."""
-    c = c.float().contiguous() if use_triton(base) else c
-    return (None if split else base, values, scales, groups, c)
+def _few_rows(x: Tensor, weights: _Weights, bias: Tensor | None, along_rows: bool) -> Tensor:
+    """The on_the_fly strategy."""
+    base, values, scales, groups, c, shape = weights
+    return merged_linear_triton(
+        x.contiguous(), base, values, scales, groups, c, bias, shape=shape, along_rows=along_rows
+    )
 
 
 def _add_product(y: Tensor, x: Tensor, base: Tensor, along_rows: bool, chunk_bytes: int) -> Tensor:
     """y += x W0' (or x W0), in place; W0 of another dtype is cast a block at a time."""
-    for start, stop in blocks(base.shape, along_rows, x.dtype, chunk_bytes if base.dtype != x.dtype else 2**62):
+    whole = 2**62 if base.dtype == x.dtype else chunk_bytes
+    for start, stop in blocks(base.shape, along_rows, _sum_dtype(x), whole):  # of the size of the blocks of the delta
         block = base[start:stop] if along_rows else base[:, start:stop]
         if base.dtype != x.dtype:
             block = workspace(DEQUANTIZED, block.shape, x.dtype, x.device).copy_(block)
@@ -169,13 +179,13 @@ def merged_product(
         y = x.new_empty(len(x), outputs)
         if not values:
             return _add_product(y.copy_(bias) if bias is not None else y.zero_(), x, base, along_rows, chunk_bytes)
-        weights = _weights(base, values, scales, groups, coefficients, split)
+        c = coefficients.float().contiguous() if use_triton(x) else coefficients
+        weights = _Weights(None if split else base, values, scales, groups, c, base.shape)
         if cached is None and choose(strategy, len(x), x) == "on_the_fly":
-            y = merged_linear_triton(x.contiguous(), *weights, bias, shape=base.shape, along_rows=along_rows)
+            y = _few_rows(x, weights, bias, along_rows)
         else:
-            whole = [(0, outputs, cached)]
-            merged = _MergedBlocks(*weights, base.shape, along_rows, x.dtype, chunk_bytes)
-            for start, stop, weight in whole if cached is not None else merged:
+            merged = _MergedBlocks(weights, along_rows, x.dtype, chunk_bytes)
+            for start, stop, weight in merged if cached is None else [(0, outputs, cached)]:
                 factor = weight.T if along_rows else weight
                 if bias is None:
                     torch.mm(x, factor, out=y[:, start:stop])
@@ -225,13 +235,14 @@ def merged_product_backward(
 
         if not values:
             return (_add_product(dx.zero_(), dy, base, not along_rows, chunk_bytes) if need_x else dx), dc
-        weights = _weights(base, values, scales, groups, coefficients, split)
-        merged = _MergedBlocks(*weights, base.shape, not along_rows, dy.dtype, chunk_bytes)
+        c = coefficients.float().contiguous() if use_triton(dy) else coefficients
+        weights = _Weights(None if split else base, values, scales, groups, c, base.shape)
+        merged = _MergedBlocks(weights, not along_rows, dy.dtype, chunk_bytes)
         together = False
         if need_x and cached is not None:
             torch.mm(dy, cached if along_rows else cached.T, out=dx)
         elif need_x and choose(strategy, len(dy), dy) == "on_the_fly":
-            dx = merged_linear_triton(dy, *weights, shape=base.shape, along_rows=not along_rows)
+            dx = _few_rows(dy, weights, None, not along_rows)
         elif need_x:
             together = need_c
             for start, stop, weight in merged:
@@ -258,6 +269,8 @@ def _(dy: Tensor, x: Tensor, coefficients: Tensor, base: Tensor, values: Any, *r
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, coefficients, _, base, values, scales, groups, sample, cached, along_rows, split, strategy, chunk = inputs
     needed = x if sample is None else x[sample]
+    if not values or not ctx.needs_input_grad[1]:
+        needed = x.new_empty(0, x.shape[1])
     ctx.save_for_backward(needed, coefficients, base, sample, cached, *values, *scales)
     ctx.settings = (groups, along_rows, split, strategy, chunk)
     ctx.rows = x.shape[0]
@@ -281,7 +294,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         None,
         nothing,
         nothing,
-        None,
+        None if nothing else [],  # what torch takes an empty list of numbers for
         *[None] * 6,
     )  # fmt: skip
 

@@ -183,6 +183,7 @@ class Search:
         return result
 
     def _step(self, optimizer: torch.optim.Optimizer, batches: list[TextBatch], state: _State) -> dict[str, Any]:
+        self.model.settings.reseed(self.seed * 1_000_003 + state.step)
         c = self.model.place()
         described = self._describe(c)
         losses = self._task_losses(batches)

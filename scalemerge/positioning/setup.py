@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scalemerge.encoder import Encoder
 from scalemerge.errors import InputError
-from scalemerge.layers import Coefficients, attach
+from scalemerge.layers import Coefficients, MergeSettings, attach
 from scalemerge.positioning.positions import Position
 from scalemerge.progress import Progress
 from scalemerge.recipe import Positioning
@@ -29,6 +29,7 @@ class PositionedModel:
     groups: dict[str, list[str]]
     experts: list[str]
     gram: Tensor
+    settings: MergeSettings
 
     def place(self, c: Tensor | None = None) -> Tensor:
         """Move the model to c [groups, experts], by default to where the position stands. Returns c."""
@@ -62,7 +63,10 @@ def build(encoder: Encoder, store: TaskVectorStore, settings: Positioning) -> Po
     position = Position(settings.position, group_grams(grams, groups), order=order, start=settings.start)
     rows = {name: number for number, members in enumerate(groups.values()) for name in members}
     coefficients = Coefficients(rows, position().detach())
-    attach(encoder.backbone, {name: store.task_vectors(name) for name in names}, coefficients)
+    layers = MergeSettings(
+        precision=settings.sums, sample_rows=settings.sample_rows, recompute=settings.recompute
+    )  # fmt: skip
+    attach(encoder.backbone, {name: store.held(name) for name in names}, coefficients, layers)
     encoder.eval()
     whole = torch.stack(list(grams.values())).sum(0)
-    return PositionedModel(encoder, coefficients, position, groups, store.experts, whole)
+    return PositionedModel(encoder, coefficients, position, groups, store.experts, whole, layers)

@@ -19,6 +19,8 @@ from scalemerge.checkpoints.atomic import read_json
 from scalemerge.checkpoints.reader import Checkpoint
 from scalemerge.checkpoints.revision import model_revision
 from scalemerge.errors import InputError
+from scalemerge.kernels.formats import TaskVector
+from scalemerge.task_vectors.formats import Format, compress, decompressed
 
 # What must agree between a base and its experts for the difference of their weights to mean anything.
 _ARCHITECTURE_FIELDS = (
@@ -35,12 +37,14 @@ _ARCHITECTURE_FIELDS = (
 class TaskVectorStore:
     """Base and experts on disk.
 
-    base: folder of the base model. experts: name -> folder, in the order that positions use.
+    base: folder of the base model. experts: name -> folder, in the order that positions use. form: what task vectors
+    are held in; all that is read here, Gram matrices too, is what remains of them in that format.
     """
 
-    def __init__(self, base: str | Path, experts: Mapping[str, str | Path]) -> None:
+    def __init__(self, base: str | Path, experts: Mapping[str, str | Path], form: Format = "float32") -> None:
         if not experts:
             raise InputError(f"{base}: no experts given; name at least one expert folder")
+        self.form = form
         self.base_folder = Path(base)
         self.base = Checkpoint(base)
         self.experts = list(experts)
@@ -92,6 +96,9 @@ class TaskVectorStore:
 
     def task_vector(self, expert: int, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
         """T_i of a tensor, or rows [start, stop) of it, float32 on the CPU. Raises InputError on NaN or infinity."""
+        return decompressed(self._difference(expert, name, start, stop), self.form)
+
+    def _difference(self, expert: int, name: str, start: int | None, stop: int | None) -> Tensor:
         checkpoint = self._checkpoints[expert]
         if start is None or stop is None:
             tuned, base = checkpoint.read(name), self.base.read(name)
@@ -106,6 +113,10 @@ class TaskVectorStore:
     def task_vectors(self, name: str) -> list[Tensor]:
         """T_1 .. T_E of a tensor."""
         return [self.task_vector(expert, name) for expert in range(len(self.experts))]
+
+    def held(self, name: str) -> list[TaskVector]:
+        """T_1 .. T_E of a tensor as the merge layers take them, in this store's format."""
+        return [compress(self._difference(expert, name, None, None), self.form) for expert in range(len(self.experts))]
 
     def row_blocks(self, name: str, block_bytes: int = 64 * 2**20) -> Iterator[tuple[int | None, int | None]]:
         """Row ranges of a tensor that keep one float32 block under `block_bytes`; (None, None) for a small one."""

@@ -8,11 +8,20 @@ import pytest
 import torch
 from torch import nn
 
-from scalemerge.layers import Coefficients, MergedEmbedding, MergedLayer, MergedLinear, attach, detach
+from scalemerge.layers import (
+    Coefficients,
+    MergedConv1D,
+    MergedEmbedding,
+    MergedLayer,
+    MergedLinear,
+    MergeSettings,
+    attach,
+    detach,
+)
 from scalemerge.task_vectors import group_names
 
 EXPERTS = 3
-BACKBONES = ["bert", "xlm_roberta", "modernbert", "qwen3", "mistral"]
+BACKBONES = ["bert", "xlm_roberta", "modernbert", "qwen3", "mistral", "gemma2", "gemma3", "t5", "gpt2"]
 GRANULARITIES = ["global", "layer", "module"]
 
 
@@ -42,17 +51,15 @@ def test_equals_the_explicit_merge(
     c = coefficients.value
     expected_out = explicit(plain, vectors, coefficients, **tokens)
     (expected,) = torch.autograd.grad(masked_loss(expected_out, tokens), c)
-    layers = attach(model, vectors, coefficients)
-    for layer in layers:
-        if isinstance(layer, MergedLinear):
-            layer.chunk_bytes = 3 * 16 * 8
+    layers = attach(model, vectors, coefficients, MergeSettings(chunk_bytes=3 * 16 * 8))
+    assert {layer.settings.chunk_bytes for layer in layers} == {3 * 16 * 8}  # one object serves all
     out = model(**tokens)
     (found,) = torch.autograd.grad(masked_loss(out, tokens), c)
     mask = tokens["attention_mask"].bool()
     assert relative_error(out.last_hidden_state[mask], expected_out.last_hidden_state[mask]) < 1e-10
     assert relative_error(found, expected) < 1e-10
     kinds = {type(layer) for layer in layers}
-    assert MergedLinear in kinds and MergedEmbedding in kinds
+    assert (MergedConv1D if backbone == "gpt2" else MergedLinear) in kinds and MergedEmbedding in kinds
     assert not any(isinstance(m, nn.Linear) for n, m in model.named_modules() if not n.endswith("original"))
 
 
@@ -209,7 +216,7 @@ def test_tied_modules_and_parameters_stay_tied(numbers, relative_error, named) -
     y = model(ids)
     (found,) = torch.autograd.grad(y.sin().sum(), c)
     assert relative_error(y, expected_y) < 1e-12 and relative_error(found, expected) < 1e-10
-    held = {id(v) for layer in (model.table, model.head) for v in layer.task_vectors["weight"]}
+    held = {v.data_ptr() for layer in (model.table, model.head) for v in layer.task_vectors["weight"].values}
     assert len(held) == 2  # counted once
     detach(model)
     assert model.head.weight is model.table.weight and model.block is model.again

@@ -140,7 +140,7 @@ def make_search(problem: dict[str, Any], tmp_path: Path) -> Callable[..., Any]:
             "steps": 12, "rows_per_step": 12, "learning_rate": 0.1, "validate_every": 2, "patience": 50,
             "checkpoint_every": 3, "length_groups": 2, **settings,
         })  # fmt: skip
-        store = TaskVectorStore(problem["base"], problem["experts"])
+        store = TaskVectorStore(problem["base"], problem["experts"], chosen.task_vectors)
         model = build(Encoder.load(problem["base"]), store, chosen)
         return Search(
             model, problem["tasks"], problem["probe"], problem["validation"], chosen,
