@@ -99,8 +99,8 @@ def merge_weights_triton(
 ) -> Tensor:
     """Fill out [r, k] with the block that starts at (first_row, first_column), or with rows `index` [r].
 
-    base: [N, K] or None for the delta alone; coefficients: [E] (or [E, N], one a row) float32. With quantized task vectors, first_column must
-    be a multiple of their group sizes. Returns out.
+    base: [N, K] or None for the delta alone; coefficients: [E] (or [E, N], one a row) float32.
+    With quantized task vectors, first_column must be a multiple of their group sizes. Returns out.
     """
     require_rows(out, *values, *scales, *([] if base is None else [base]))
     group = smallest_group(groups)
@@ -149,10 +149,10 @@ def merge_weights_reference(
 ) -> Tensor:
     """The block W(c)[rows, columns] in plain torch.
 
-    base: [N, ...], or None for sum_i c_i T_i alone (then `out` is needed); task_vectors: E of the same shape (a generator
-    is read one at a time); coefficients: E numbers, or tensors that broadcast against the block; rows, columns: (start,
-    stop), all by default.
-    out: buffer of the block's shape and the dtype wanted; made in the accumulation dtype when not given.
+    base: [N, ...], or None for sum_i c_i T_i alone (then `out` is needed); task_vectors: E of the same shape (a
+    generator is read one at a time); coefficients: E numbers, or tensors that broadcast against the block; rows,
+    columns: (start, stop), all by default. out: buffer of the block's shape and the dtype wanted; made in the
+    accumulation dtype when not given.
     """
     block = None if base is None else dense_block(base, rows, columns)
     like = block if block is not None else out

@@ -126,8 +126,8 @@ def merged_linear_triton(
 ) -> Tensor:
     """x [M, K] -> [M, N] (along_rows, W [N, K]) or x [M, N] -> [M, K], in x's dtype; float32 sums.
 
-    base: [N, K], or None for the delta alone; coefficients: [E] (or [E, N], one a row) float32; bias: [outputs] or None; shape: (N, K). parts:
-    into how many the contraction is cut; chosen when not given.
+    base: [N, K], or None for the delta alone; coefficients: [E] (or [E, N], one a row) float32; bias: [outputs] or
+    None; shape: (N, K). parts: into how many the contraction is cut; chosen when not given.
     """
     require_rows(x, *values, *scales, *([] if base is None else [base]))
     outputs, length = shape if along_rows else (shape[1], shape[0])

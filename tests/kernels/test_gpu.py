@@ -61,7 +61,8 @@ def exact_weight(base: Tensor, vectors: Sequence[TaskVector], c: Tensor) -> Tens
     """W0 + sum c_i T_i in float64 on the CPU; c [E] or [E, N]."""
     total = base.double()
     for value, vector in zip(c.double(), vectors, strict=True):
-        total = total + (value if value.dim() == 0 else value[:, None]) * dense_block(vector, dtype=torch.float64)
+        dense = dense_block(vector, dtype=torch.float64).double()  # a number times bfloat16 would stay bfloat16
+        total = total + (value if value.dim() == 0 else value[:, None]) * dense
     return total
 
 
