@@ -5,7 +5,7 @@
 RUN is the folder of a finished `scalemerge run`: its recipe, experts, probe rows and suite are used again. For every
 format: bytes of the task vectors; relative error of embeddings and of the coefficients' gradient at the start of the
 search, on the first probe batch of every task (float32 activations); then a whole search in that format, the merged
-model written twice (from the compressed task vectors and, at the same coefficients, from the exact ones), and both scored.
+model written twice (from the compressed task vectors, and at the same coefficients from the exact ones), both scored.
 Output: compression.csv (one row a figure), compression.json and a Markdown table.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import write_figures  # isort: skip  (the next one takes this folder off sys.path)
 from finished_run import gradient_at_start, make_search, next_batches, open_run
-from measuring import write_figures
 from torch import Tensor
 
 from scalemerge import pipeline
@@ -75,7 +75,7 @@ def main() -> None:
               "torch": torch.__version__, "date": datetime.date.today().isoformat()}  # fmt: skip
     figures: list[dict[str, Any]] = []
     lines = [
-        "| task vectors | bytes | output error | dc error | mean, merged from these | from exact ones | greatest task change |",
+        "| task vectors | bytes | output error | dc error | mean | from exact ones | greatest task change |",
         "|---|---|---|---|---|---|---|",
     ]
     exact: dict[str, Any] = {}

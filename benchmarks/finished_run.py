@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from scalemerge import pipeline
 from scalemerge.positioning import Search, build
 from scalemerge.recipe import load_recipe
 from scalemerge.training import load_encoder
+
+# transformers imports whatever is called `kernels`: it must not find the benchmark of that name
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 
 def open_run(folder: Path, out: Path) -> pipeline.Run:

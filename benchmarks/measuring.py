@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Bytes of the storages made inside the `with` block: live now, at the peak, and of the largest one.
 
-    Storages that existed before (weights, task vectors, inputs) do not count, nor do views. Of scalemerge's own operations
-    what they make inside counts.
+    Storages that existed before (weights, task vectors, inputs) do not count, nor do views. What scalemerge's own
+    operations make inside counts.
     """
 
     def __init__(self) -> None:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import write_figures  # isort: skip  (the next one takes this folder off sys.path)
 from finished_run import gradient_at_start, make_search, next_batches, open_run
-from measuring import write_figures
 from torch import Tensor
 
 from scalemerge import pipeline
@@ -80,8 +80,14 @@ def main() -> None:
     for variant, value in gradient_noise(run, arguments.repeats).items():
         add(variant, "gradient_deviation", value, "relative")
         lines.append(f"| {variant} | {value:.3f} |")
-    lines += ["", "| search | c | distance from the mean exact c | validation objective | seconds |", "|---|---|---|---|---|"]
-    found = {(share, seed): learned_position(run, seed, share) for share in (1, 8) for seed in range(arguments.searches)}
+    lines += [
+        "",
+        "| search | c | distance from the mean exact c | validation objective | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    found = {
+        (share, seed): learned_position(run, seed, share) for share in (1, 8) for seed in range(arguments.searches)
+    }
     centre = torch.stack([c for (share, _), (c, _, _) in found.items() if share == 1]).mean(0) if found else None
     for (share, seed), (c, objective, seconds) in found.items():
         name = f"{'all rows' if share == 1 else f'one row in {share}'}, seed {seed}"

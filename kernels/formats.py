@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -202,7 +201,7 @@ class Packed:
         """No task vectors at all: the base weight alone."""
         return cls(shape, 0, (), (), (), (), None, None, None)
 
-    @cached_property
+    @property  # functools.cached_property takes a lock, which torch.compile cannot trace
     def all_merged(self) -> bool:
         """Whether no task vector is low-rank, so that c is used as it is."""
         return len(self.merged) == self.experts

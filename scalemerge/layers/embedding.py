@@ -2,8 +2,8 @@
 
     y = W0[ids] + sum_i c_i T_i[ids]        dc_i = <dY, T_i[ids]>
 
-Nothing the size of the vocabulary is made, forward or backward; only the ids are saved. A low-rank task vector B A gives
-(B[ids] * c) A.
+Nothing the size of the vocabulary is made, forward or backward; only the ids are saved. A low-rank task vector B A
+gives (B[ids] * c) A.
 """
 
 from __future__ import annotations

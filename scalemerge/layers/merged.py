@@ -1,7 +1,7 @@
 """What all merged layers share: a plain module whose parameters are W(c) = W0 + sum_i c_i T_i, W0 and T_i frozen.
 
-Small parameters (biases, norm weights) are merged whole by a differentiable op; linear layers (linear.py) and embeddings
-(embedding.py) never make their merged weight whole.
+Small parameters (biases, norm weights) are merged whole by a differentiable op; linear layers (linear.py) and
+embeddings (embedding.py) never make their merged weight whole.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class MergedLayer(nn.Module):
         return self.original.get_parameter("weight")
 
     def merged(self, parameter: str) -> Tensor:
-        """A parameter as W(c) whole, in its own dtype, differentiable in c. Summed in float32 or better, rounded once."""
+        """A parameter as W(c) whole, in its dtype, differentiable in c. Summed in float32 or better, rounded once."""
         base = self.original.get_parameter(parameter)
         packed = self.task_vectors.get(parameter)
         if packed is None:

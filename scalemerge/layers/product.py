@@ -3,8 +3,8 @@
     forward      y  = x W(c)' + b
     backward     dX = dY W(c),   dc = <dY' x, T_i>   (x alone is saved)
 
-Both are cut along what they produce: rows of W in forward, columns in backward. So every output is summed by one product
-and rounded once, and W0 and T_i of a block are read for dX and again, from cache, for dc. W [N, K] lies as nn.Linear
+Both are cut along what they produce: rows of W in forward, columns in backward. So every output is summed by one
+product and rounded once, and W0 and T_i of a block are read for dX and again, from cache, for dc. W [N, K] lies as nn.Linear
 keeps it; with along_rows=False the roles of rows and columns change places, which serves GPT-2's Conv1D.
 
     on_the_fly   few rows of x on a GPU: tiles are merged in registers (kernels/merged_linear.py)
@@ -12,7 +12,7 @@ keeps it; with along_rows=False the roles of rows and columns change places, whi
                  buffers: the next block is merged on a side stream while the present one is multiplied
     auto         on_the_fly up to kernels.tuning.few_rows, else chunked
 
-Memory beyond W0, T_i and activations: two chunks. FLOPs: 2 + 2 + 2 MNK; with 1/s of the rows sampled for dc, 2 + 2 + 2/s.
+Memory beyond W0, T_i and activations: two chunks. FLOPs: 2 + 2 + 2 MNK, or 2 + 2 + 2/s with one in s rows sampled.
 """
 
 from __future__ import annotations
@@ -169,9 +169,9 @@ def merged_product(
     """y = x W(c)' + bias (along_rows) or x W(c) + bias; see the top of this file.
 
     x: [M, K] (or [M, N]); coefficients: [E] or [E, N], one a row of W; bias: [outputs]; base: [N, K]; values, scales,
-    groups: the task vectors as kernels.formats.Packed has them, possibly none; sample: rows of x [m] that dc is estimated
-    from, all when None; cached: W(c) whole [N, K], used instead of merging; split: W0 and the delta in two products.
-    Returns [M, outputs] in x's dtype.
+    groups: the task vectors as kernels.formats.Packed has them, possibly none; sample: rows of x [m] that dc is
+    estimated from, all when None; cached: W(c) whole [N, K], used instead of merging; split: W0 and the delta in two
+    products. Returns [M, outputs] in x's dtype.
     """
     with _autocast_off(x):
         outputs = base.shape[0 if along_rows else 1]

@@ -1,7 +1,7 @@
 """Formats that task vectors are held in while coefficients are learned: less memory for a stated error.
 
-    float32, bfloat16     dense
-    int8, int4            matrices in groups of 64 columns with a scale each (kernels.formats); vectors stay float32
+float32, bfloat16     dense
+int8, int4            matrices in groups of 64 columns with a scale each (kernels.formats); vectors stay float32
 """
 
 from __future__ import annotations

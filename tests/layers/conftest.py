@@ -185,7 +185,7 @@ def _gemma2() -> nn.Module:
 def _gemma3() -> nn.Module:
     from transformers import Gemma3TextConfig, Gemma3TextModel
 
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "head_dim": 8, "sliding_window": 4}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "head_dim": 8, "sliding_window": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     config = Gemma3TextConfig(vocab_size=40, max_position_embeddings=32, use_cache=False, **heads, **sizes)
     return Gemma3TextModel(config)

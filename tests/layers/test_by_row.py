@@ -15,7 +15,9 @@ def by_row(numbers, experts=5, name="l.weight", rows=OUT):
     return {name: numbers(experts, rows, seed=20).requires_grad_()}
 
 
-@pytest.mark.parametrize("settings", [{}, {"chunk_bytes": 1}, {"chunk_bytes": 20_000}, {"precision": "split"}, {"cache": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"chunk_bytes": 1}, {"chunk_bytes": 20_000}, {"precision": "split"}, {"cache": True}]
+)
 def test_output_and_gradients(numbers, mixed, dense, relative_error, settings) -> None:
     torch.manual_seed(0)
     linear, vectors, own = nn.Linear(IN, OUT).double(), mixed(OUT, IN), by_row(numbers)

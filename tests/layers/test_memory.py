@@ -10,13 +10,27 @@ import torch
 from torch import nn
 
 from scalemerge.kernels.workspace import release_workspace
-from scalemerge.layers import Coefficients, LowRank, MergedConv1D, MergedEmbedding, MergedLinear, MergeSettings, quantize
+from scalemerge.layers import (
+    Coefficients,
+    LowRank,
+    MergedConv1D,
+    MergedEmbedding,
+    MergedLinear,
+    MergeSettings,
+    quantize,
+)
 
 ROWS, OUT, IN, EXPERTS = 8, 96, 160, 3
 WEIGHT = OUT * IN * 4  # in float32, which blocks are summed in
 NUMBERS = 1024  # c, dc and the sums of single experts: a few vectors of EXPERTS float64 numbers
 
-CHUNKS = {"a row": IN * 4, "16 columns": 16 * OUT * 4, "48 columns": 48 * OUT * 4, "33 rows": 33 * IN * 4, "all": WEIGHT}
+CHUNKS = {
+    "a row": IN * 4,
+    "16 columns": 16 * OUT * 4,
+    "48 columns": 48 * OUT * 4,
+    "33 rows": 33 * IN * 4,
+    "all": WEIGHT,
+}
 CASES = {  # base, task vectors, activations, autocast, precision
     "float32": (torch.float32, torch.float32, torch.float32, False, "merge"),
     "bfloat16 vectors": (torch.float32, torch.bfloat16, torch.float32, False, "merge"),

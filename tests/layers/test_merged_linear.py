@@ -168,8 +168,8 @@ def test_autocast_bfloat16_is_close_and_returns_the_right_dtypes(task_vectors_of
 
 
 def test_bfloat16_weights_are_rounded_once(numbers) -> None:
-    """Output equals the product with round(W0 + sum c_i T_i), the bias added before the product is rounded; c's gradient
-    stays float32."""
+    """Output equals the product with round(W0 + sum c_i T_i), to which the bias is added before it is rounded; c's
+    gradient stays float32."""
     linear = nn.Linear(32, 16).bfloat16()
     vectors = {
         "weight": [numbers(16, 32, seed=i, scale=0.01, dtype=torch.bfloat16) for i in range(4)],

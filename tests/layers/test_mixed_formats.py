@@ -1,4 +1,4 @@
-"""Dense, int8, int4 and low-rank task vectors in one layer, against the explicit merge of the same numbers, in float64."""
+"""Dense, int8, int4 and low-rank task vectors in one layer, against the explicit merge of their numbers in float64."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def make_input(kind, numbers):
 @pytest.mark.parametrize("chunk_bytes", [1, 32 * ROWS * 8, 2**20])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("formats", ["all", "dense", "int8", "int4", "low-rank", "all but dense"])
-def test_output_and_gradients(
-    numbers, mixed, explicit, relative_error, newly_saved, kind, formats, chunk_bytes, precision
-) -> None:
+def test_output_and_gradients(numbers, mixed, explicit, relative_error, kind, formats, chunk_bytes, precision) -> None:
     torch.manual_seed(0)
     make, layer_class = KINDS[kind]
     module = make()

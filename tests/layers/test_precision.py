@@ -64,7 +64,10 @@ def test_exact_in_float64(numbers, relative_error, along_rows, chunk_bytes) -> N
 
     module = nn.Linear(40, 24).double() if along_rows else Conv1D(24, 40).double()
     shape, kind = module.weight.shape, MergedLinear if along_rows else MergedConv1D
-    vectors = {"weight": [numbers(*shape, seed=i) for i in range(2)], "bias": [numbers(24, seed=5 + i) for i in range(2)]}
+    vectors = {
+        "weight": [numbers(*shape, seed=i) for i in range(2)],
+        "bias": [numbers(24, seed=5 + i) for i in range(2)],
+    }
     c = torch.tensor([0.4, -0.7], dtype=torch.float64, requires_grad=True)
     coefficients = Coefficients.uniform(["l.weight", "l.bias"], c)
     x = numbers(7, 40, seed=9).requires_grad_()

@@ -48,7 +48,7 @@ def test_fewer_bytes_are_kept(make_backbone, task_vectors_of, live_bytes) -> Non
 
 
 def test_no_merged_product_is_made_twice(make_backbone, task_vectors_of, tokens, monkeypatch) -> None:
-    """"cheap" makes each product once forward; "all" twice."""
+    """ "cheap" makes each product once forward; "all" twice."""
     from scalemerge.layers import product
 
     made: list[int] = []

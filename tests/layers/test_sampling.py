@@ -1,4 +1,4 @@
-"""sample_rows: the coefficients' gradient from some rows alone, unbiased and seeded; the inputs' gradient stays exact."""
+"""sample_rows: the coefficients' gradient from some rows alone, unbiased and seeded; that of the input stays exact."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def gradients(layer, x):
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("every", [2, 8, 7])
 def test_unbiased(numbers, relative_error, kind, every) -> None:
-    """The mean of 400 draws is within 4 standard errors of the exact gradient; one draw alone is further off."""
+    """The mean of 400 draws is within 4 standard errors of the exact gradient, and the draws do differ."""
     x = numbers(ROWS, IN, seed=7).requires_grad_()
     exact_dx, exact = gradients(make_layer(numbers, kind=kind), x)
     layer = make_layer(numbers, kind=kind, sample_rows=every)
@@ -46,7 +46,7 @@ def test_unbiased(numbers, relative_error, kind, every) -> None:
     draws = torch.stack(draws)
     error, standard = draws.mean(0)[0] - exact[0], draws.std(0)[0] / 400**0.5
     assert (error.abs() < 4 * standard).all()
-    assert relative_error(draws[0][0], exact[0]) > 4 * relative_error(draws.mean(0)[0], exact[0])
+    assert (standard > 1e-4 * exact[0].abs()).all()
     assert relative_error(draws[0][1], exact[1]) < 1e-12, "biases are not sampled: they cost nothing"
 
 
@@ -97,7 +97,7 @@ def test_few_rows_are_all_used(numbers, rows) -> None:
     assert all(torch.equal(a, b) for a, b in zip(gradients(make_layer(numbers, sample_rows=4), x), exact))
 
 
-def test_under_checkpointing(numbers, relative_error) -> None:
+def test_under_checkpointing(numbers) -> None:
     """The second forward pass draws again; the estimate is made from that draw, whole."""
     layer, x = make_layer(numbers, sample_rows=2), numbers(ROWS, IN, seed=7).requires_grad_()
     exact_dx, _ = gradients(make_layer(numbers), x)
