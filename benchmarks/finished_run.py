@@ -19,10 +19,10 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__fi
 
 
 def open_run(folder: Path, out: Path) -> pipeline.Run:
-    """The run of `folder`, with results going to `out`."""
+    """The run of `folder`, with searches, merged models and scores going to `out`/work."""
     recipe = load_recipe(folder / "recipe.yaml")
     experts = {name: folder / "experts" / name for name in recipe.tasks}
-    return pipeline.prepare(recipe, out, experts=experts)
+    return pipeline.prepare(recipe, out / "work", experts=experts)
 
 
 def make_search(run: pipeline.Run, folder: Path, *, seed: int | None = None, **settings: Any) -> Search:

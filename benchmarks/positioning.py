@@ -4,6 +4,7 @@
     python benchmarks/positioning.py --out runs/gpu --device cuda --dtype bfloat16 --model qwen3-0.6b
 
     merged           our layers: rows of W(c) made when needed, forward and backward; only inputs are kept
+    merged_recompute_cheap, _all    the same with selective, and with whole, recomputation of activations (exact)
     merged_sampled   the same; linear layers estimate their coefficients' gradient from one row in eight (dc differs)
     merged_int4      the same with the matrices of the task vectors in int4 (another dc, that of the rounded experts)
     functional_call  the merged dictionary W0 + sum c_i T_i made by autograd, then torch.func.functional_call
@@ -190,7 +191,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     left.barh(names, medians, xerr=spread, color=colours, ecolor="#444")
     left.set_xlabel("seconds a step (median, 20 to 80 %)")
     right.barh(names, [value[name, peak] / 2**20 for name in names], color=colours)
-    right.set_xlabel("peak of live tensors, MiB (beyond weights and task vectors)")
+    right.set_xlabel("peak of live tensors, MiB (weights apart)")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     one = rows[0]

@@ -20,10 +20,16 @@ from scalemerge.encoder import local_folder
 from scalemerge.errors import InputError
 from scalemerge.kernels.formats import TaskVector, quantize
 
-OURS = ("merged", "merged_sampled", "merged_int4")
+#: our layers' ways and their settings; merged_int4 has other task vectors
+OURS: dict[str, dict[str, Any]] = {
+    "merged": {},
+    "merged_recompute_cheap": {"recompute": "cheap"},
+    "merged_recompute_all": {"recompute": "all"},
+    "merged_sampled": {"sample_rows": 8},
+    "merged_int4": {},
+}
 TO_C = (*OURS, "functional_call", "checkpointed")  # those with a gradient of c
 VARIANTS = (*TO_C, "training", "frozen")
-SAMPLE = 8
 Step = Callable[[], Tensor | None]
 
 
@@ -138,9 +144,8 @@ def make_step(variant: str, model: nn.Module, vectors: dict[str, list[Tensor]], 
         return torch.autograd.grad(loss_of(call), c)[0]
 
     if variant in OURS:
-        settings = MergeSettings(sample_rows=SAMPLE if variant == "merged_sampled" else 1)
         own = compressed(vectors) if variant == "merged_int4" else vectors
-        attach(model, own, Coefficients.uniform(vectors, c), settings)
+        attach(model, own, Coefficients.uniform(vectors, c), MergeSettings(**OURS[variant]))
         return lambda: to_c(model)
     if variant == "functional_call":
         return lambda: to_c(lambda **inputs: functional_call(model, merged_by_autograd(model, vectors, c), (), inputs))

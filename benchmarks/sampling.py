@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from measuring import write_figures  # isort: skip  (the next one takes this folder off sys.path)
 from finished_run import gradient_at_start, make_search, next_batches, open_run
 from torch import Tensor

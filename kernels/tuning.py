@@ -3,7 +3,7 @@
 Nothing here has been measured on a GPU yet. The settings follow from budgets that can be counted: shared memory
 (228 KiB on sm_90 and sm_100, 164 KiB on sm_80, a reserve kept) holds `stages` copies of all tiles that a loop
 iteration loads; registers hold the accumulator. tests/kernels/test_ahead_of_time.py compiles each kernel at these
-settings and checks the compiler's own counts. When a GPU has been measured, its row goes into MEASURED.
+settings and checks the compiler's own counts. When a GPU has been measured, its row goes into MEASURED_FEW_ROWS.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     backward     dX = dY W(c),   dc = <dY' x, T_i>   (x alone is saved)
 
 Both are cut along what they produce: rows of W in forward, columns in backward. So every output is summed by one
-product and rounded once, and W0 and T_i of a block are read for dX and again, from cache, for dc. W [N, K] lies as nn.Linear
-keeps it; with along_rows=False the roles of rows and columns change places, which serves GPT-2's Conv1D.
+product and rounded once, and W0 and T_i of a block are read for dX and again, from cache, for dc. W [N, K] lies as
+nn.Linear keeps it; with along_rows=False the roles of rows and columns change places, which serves GPT-2's Conv1D.
 
     on_the_fly   few rows of x on a GPU: tiles are merged in registers (kernels/merged_linear.py)
     chunked      blocks are merged into a reused buffer and multiplied by the vendor's library. On a GPU there are two
@@ -35,7 +35,7 @@ from scalemerge.kernels.workspace import workspace
 Strategy = Literal["auto", "on_the_fly", "chunked"]
 STRATEGIES = ("auto", "on_the_fly", "chunked")
 
-_MERGED = 0  # workspace slot; 2 is the second buffer of a GPU
+_MERGED, _MERGED_TOO = 0, 2  # workspace slots; the second is for a GPU
 _ALIGNMENT = 256  # blocks of columns start at multiples of every quantization group, narrow ones of their own width
 _LEAST_COLUMNS = 16
 
@@ -95,36 +95,47 @@ class _MergedBlocks:
         self._sum_dtype = dtype if use_triton(weights.coefficients) else accumulation_dtype(dtype)
         self.ranges = list(blocks(weights.shape, along_rows, self._sum_dtype, chunk_bytes))
 
-    def _merge(self, start: int, stop: int, slot: int) -> Tensor:
-        rows, columns = (0, self._shape[0]), (0, self._shape[1])
-        rows, columns = ((start, stop), columns) if self._along_rows else (rows, (start, stop))
-        size = (rows[1] - rows[0], columns[1] - columns[0])
-        merged = merge_weights(*self._weights, rows, columns, workspace(slot, size, self._sum_dtype, self._device))
-        if self._sum_dtype == self._dtype:
-            return merged
-        return workspace(DEQUANTIZED, size, self._dtype, self._device).copy_(merged)
+    def _place(self, start: int, stop: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows and columns of a block."""
+        if self._along_rows:
+            return (start, stop), (0, self._shape[1])
+        return (0, self._shape[0]), (start, stop)
 
-    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
-        if not use_triton(self._weights.coefficients) or len(self.ranges) == 1:
-            for start, stop in self.ranges:
-                yield start, stop, self._merge(start, stop, _MERGED)
-            return
+    def _buffer(self, start: int, stop: int, slot: int) -> Tensor:
+        rows, columns = self._place(start, stop)
+        size = (rows[1] - rows[0], columns[1] - columns[0])
+        return workspace(slot, size, self._sum_dtype, self._device)
+
+    def _one_by_one(self) -> Iterator[tuple[int, int, Tensor]]:
+        for start, stop in self.ranges:
+            merged = merge_weights(*self._weights, *self._place(start, stop), self._buffer(start, stop, _MERGED))
+            if self._sum_dtype != self._dtype:
+                merged = workspace(DEQUANTIZED, merged.shape, self._dtype, self._device).copy_(merged)
+            yield start, stop, merged
+
+    def _one_ahead(self) -> Iterator[tuple[int, int, Tensor]]:
         main, side = torch.cuda.current_stream(self._device), _side_stream(self._device)
         side.wait_stream(main)
-        used: list[torch.cuda.Event] = []
         ready: list[tuple[Tensor, torch.cuda.Event]] = []
+        used: list[torch.cuda.Event] = []
         for number in range(len(self.ranges) + 1):
             if number < len(self.ranges):
+                start, stop = self.ranges[number]
+                buffer = self._buffer(start, stop, _MERGED if number % 2 else _MERGED_TOO)  # the main stream's
                 with torch.cuda.stream(side):
                     if number >= 2:
                         side.wait_event(used[number - 2])
-                    merged = self._merge(*self.ranges[number], _MERGED if number % 2 else 2)
+                    merged = merge_weights(*self._weights, *self._place(start, stop), buffer)
                     ready.append((merged, side.record_event()))
             if number:
                 merged, event = ready[number - 1]
                 main.wait_event(event)
                 yield *self.ranges[number - 1], merged
                 used.append(main.record_event())
+
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
+        ahead = use_triton(self._weights.coefficients) and len(self.ranges) > 1
+        return self._one_ahead() if ahead else self._one_by_one()
 
 
 def _few_rows(x: Tensor, weights: _Weights, bias: Tensor | None, along_rows: bool) -> Tensor:

@@ -1,10 +1,10 @@
 """Less activation memory without computing any large product twice: selective recomputation of transformer blocks.
 
-A merge layer keeps no weight for backward, so what remains of a positioning step's memory is activations. Each block
-is put under torch's selective activation checkpointing: outputs of the merged products are kept, everything cheap between
-them (norms, activation functions, attention on short texts, residuals) is made again in backward. Kept for a BERT-like
-block, in units of one hidden state: its input, q, k, v, attention's and both feed-forward products' outputs (1 + 3 + 1 +
-4 + 1 = 10) instead of about 16. Exact.
+A merge layer keeps no weight for backward, so what remains of a positioning step's memory is activations. Each block is
+put under torch's selective activation checkpointing: outputs of the merged products are kept, everything cheap between
+them (norms, activation functions, attention on short texts, residuals) is made again in backward. Kept for a block like
+BERT's, in units of one hidden state: its input, q, k, v, attention's output product and both feed-forward products'
+(1 + 3 + 1 + 4 + 1 = 10) instead of about 16. Exact.
 
 `level="all"` keeps the block's input only and runs the block twice (torch's ordinary checkpointing): the smallest, at
 the cost of one more forward pass.
