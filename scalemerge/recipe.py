@@ -99,6 +99,7 @@ class Training(_Section):
     clip_norm: float = Field(1.0, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
+    chunk_tokens: int | None = Field(None, ge=1)  # a gradient cache in chunks of so many tokens; None: no cache
     dropout: float = Field(0.0, ge=0, lt=1)
     length_groups: int = Field(4, ge=1)
     samples_per_label: int = Field(4, ge=2)

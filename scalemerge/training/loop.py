@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from scalemerge.data.collate import collate
 from scalemerge.encoder import Encoder
 from scalemerge.errors import InputError
 from scalemerge.objectives.batches import Feature, batch_losses, token_count
+from scalemerge.objectives.gradient_cache import GradientCache
 from scalemerge.progress import Progress, say
 from scalemerge.recipe import Base, Training
 from scalemerge.report.cost import Cost, FlopCounter, peak_bytes
@@ -134,13 +136,21 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         world = self.accelerator.num_processes
-        (loss,) = batch_losses([batch], self._encode, rank=self.accelerator.process_index, world=world)
+        cache = None
+        if self.settings.chunk_tokens is not None:
+            cache = GradientCache(self._encode_chunk, self.settings.chunk_tokens, world)
+        encode = cache.encode if cache else self._encode
+        (loss,) = batch_losses([batch], encode, rank=self.accelerator.process_index, world=world)
         if not torch.isfinite(loss):
             raise InputError(
                 f"training {self.job.name}: the loss is {loss.item()} at step {step} (task '{task}'); lower "
                 "learning_rate, or look at this task's data"
             )
-        self.accelerator.backward(loss * world)
+        if cache:
+            (loss * world).backward()  # to the cached embeddings only
+            cache.backward(self._backward_chunk)
+        else:
+            self.accelerator.backward(loss * world)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -159,6 +169,18 @@ class _Trainer:
         groups, inverse = self.encoder.groups(features, self.settings.length_groups)
         self.cost.flops += 3 * self.flops.forward([group["input_ids"].shape for group in groups])
         return self.model(groups)[inverse]
+
+    def _encode_chunk(self, features: list[Feature]) -> Tensor:
+        """A chunk of the gradient cache: one padded batch. Forward without a graph, then forward and backward: 4 in all."""
+        padded = self.encoder.pad(features)
+        forward = self.flops.forward([padded["input_ids"].shape])
+        self.cost.flops += forward * (3 if torch.is_grad_enabled() else 1)
+        return self.model([padded])
+
+    def _backward_chunk(self, surrogate: Callable[[], Tensor], last: bool) -> None:
+        """Back-propagate one chunk; gradients are averaged over ranks with the last one only."""
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            self.accelerator.backward(surrogate())
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 

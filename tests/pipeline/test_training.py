@@ -88,19 +88,21 @@ def test_killed_and_resumed_training_ends_with_the_same_bits(
     assert steps == list(range(job.total_steps))
 
 
-def test_gradient_checkpointing_changes_nothing_and_bf16_little(
+def test_checkpointing_and_the_gradient_cache_change_nothing_and_bf16_little(
     tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     trained = {}
     for name, changes in {
         "plain": {},
         "checkpointed": {"training.gradient_checkpointing": True},
+        "cached": {"training.chunk_tokens": 40},
         "bf16": {"training.precision": "bf16"},
     }.items():
         recipe = load_recipe(tiny_recipe(**{"training.learning_rate": 1e-4, **changes}))
         training_loop.train(expert_job(recipe, load_tasks(recipe), "search"), tmp_path / name)
         trained[name] = Encoder.load(tmp_path / name).encode(["apple river", "a stone in the cloud"])
     assert torch.allclose(trained["plain"], trained["checkpointed"], atol=1e-6)
+    assert torch.allclose(trained["plain"], trained["cached"], atol=1e-5)
     difference = (trained["plain"] - trained["bf16"]).norm(dim=1)
     assert 0 < float(difference.max()) < 0.02, "bf16 autocast rounds, but masters stay float32"
 
@@ -143,12 +145,13 @@ def test_silent_fallbacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_processes_train_the_same_expert_as_one(
     tiny_recipe: Callable[..., Path], tmp_path: Path, command: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    recipe = tiny_recipe(**{"training.batch_size": 15, "training.learning_rate": 1e-4})
+    changes = {"training.batch_size": 15, "training.learning_rate": 1e-4}
     config = ROOT / "accelerate_configs" / "ddp_cpu.yaml"
     launch = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m")
-    for task in ("search", "sts"):
-        one = command("train", recipe, "--task", task, "--out", tmp_path / "one")
+    for task, chunk_tokens in (("search", None), ("sts", 50)):  # the gradient cache against one process without it
+        one = command("train", tiny_recipe(**changes), "--task", task, "--out", tmp_path / "one")
         assert one.returncode == 0, one.stderr
+        recipe = tiny_recipe(**changes, **{"training.chunk_tokens": chunk_tokens})
         two = command("train", recipe, "--task", task, "--out", tmp_path / "two", launcher=launch)
         assert two.returncode == 0, two.stderr[-3000:]
         record = json.loads((tmp_path / "two/experts" / task / "scalemerge.json").read_text())
