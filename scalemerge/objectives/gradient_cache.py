@@ -7,8 +7,8 @@ alone. So a step has three phases:
     2. compute the loss over the (gathered) embeddings and its gradient with respect to them
     3. embed each chunk again, with a graph, and back-propagate <embedding, its gradient>
 
-Any loss works unchanged: `batch_losses` takes `GradientCache.encode` where it takes a plain encoder. Chunks are filled by
-tokens, not rows, from texts sorted by length, so that little is padded. Random numbers are replayed, so that dropout
+Any loss works unchanged: `batch_losses` takes `GradientCache.encode` where it takes a plain encoder. Chunks are filled
+by tokens, not rows, from texts sorted by length, so that little is padded. Random numbers are replayed, so that dropout
 makes the same embeddings in phases 1 and 3. All ranks make the same number of chunks (a rank with fewer texts repeats
 one with a zero gradient), and the last chunk alone may synchronize gradients. Cost: one forward pass more.
 """
@@ -57,8 +57,8 @@ def split_to(chunks: list[list[int]], count: int) -> list[list[int]]:
 class GradientCache:
     """One step's cache.
 
-    embed: features to embeddings [n, D], through the model that is trained. chunk_tokens: budget of a chunk. world: ranks
-    that take part; with more than one, every rank must call `encode` and `backward`.
+    embed: features to embeddings [n, D], through the model that is trained. chunk_tokens: budget of a chunk. world:
+    ranks that take part; with more than one, every rank must call `encode` and `backward`.
     """
 
     def __init__(self, embed: Callable[[list[Feature]], Tensor], chunk_tokens: int, world: int = 1) -> None:

@@ -171,7 +171,7 @@ class _Trainer:
         return self.model(groups)[inverse]
 
     def _encode_chunk(self, features: list[Feature]) -> Tensor:
-        """A chunk of the gradient cache: one padded batch. Forward without a graph, then forward and backward: 4 in all."""
+        """A chunk of the gradient cache: one padded batch. Forward alone, then forward and backward: 4 in all."""
         padded = self.encoder.pad(features)
         forward = self.flops.forward([padded["input_ids"].shape])
         self.cost.flops += forward * (3 if torch.is_grad_enabled() else 1)

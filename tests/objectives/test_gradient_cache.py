@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ def test_chunks_hold_every_row_once_within_the_budget(lengths, budget) -> None:
         assert len(chunk) == 1 or len(chunk) * max(lengths[row] for row in chunk) <= budget
     longest = [max(lengths[row] for row in chunk) for chunk in chunks]
     assert longest == sorted(longest, reverse=True), "the largest first"
-    for one, two in zip(chunks, chunks[1:]):
+    for one, two in pairwise(chunks):
         assert (len(one) + 1) * lengths[one[0]] > budget or not two, "no chunk stops before it is full"
 
 

@@ -97,14 +97,18 @@ def test_checkpointing_and_the_gradient_cache_change_nothing_and_bf16_little(
         "checkpointed": {"training.gradient_checkpointing": True},
         "cached": {"training.chunk_tokens": 40},
         "bf16": {"training.precision": "bf16"},
+        "bf16 cached": {"training.precision": "bf16", "training.chunk_tokens": 40},
     }.items():
         recipe = load_recipe(tiny_recipe(**{"training.learning_rate": 1e-4, **changes}))
         training_loop.train(expert_job(recipe, load_tasks(recipe), "search"), tmp_path / name)
         trained[name] = Encoder.load(tmp_path / name).encode(["apple river", "a stone in the cloud"])
     assert torch.allclose(trained["plain"], trained["checkpointed"], atol=1e-6)
     assert torch.allclose(trained["plain"], trained["cached"], atol=1e-5)
-    difference = (trained["plain"] - trained["bf16"]).norm(dim=1)
-    assert 0 < float(difference.max()) < 0.02, "bf16 autocast rounds, but masters stay float32"
+    untrained = Encoder.load(load_recipe(tiny_recipe()).base.path).encode(["apple river", "a stone in the cloud"])
+    moved = (trained["plain"] - untrained).norm(dim=1)
+    for name in ("bf16", "bf16 cached"):
+        difference = (trained["plain"] - trained[name]).norm(dim=1) / moved
+        assert 0 < float(difference.max()) < 0.05, "bf16 autocast rounds, but masters stay float32"
 
 
 def test_another_recipe_in_the_same_folder_is_refused(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
