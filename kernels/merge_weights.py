@@ -99,7 +99,7 @@ def merge_weights_triton(
 ) -> Tensor:
     """Fill out [r, k] with the block that starts at (first_row, first_column), or with rows `index` [r].
 
-    base: [N, K] or None for the delta alone; coefficients: [E] (or [E, N], one a row) float32.
+    base: [N, K] or None for the delta alone; coefficients: [E] (or [E, N], one a row).
     With quantized task vectors, first_column must be a multiple of their group sizes. Returns out.
     """
     require_rows(out, *values, *scales, *([] if base is None else [base]))
@@ -115,7 +115,7 @@ def merge_weights_triton(
         out if base is None else base,
         tuple(values),
         tuple(scales),
-        coefficients,
+        coefficients.float().contiguous(),
         out if index is None else index,
         out.shape[0],
         out.shape[1],
@@ -240,7 +240,7 @@ def merged_weight(
     if use_triton(base):
         out = torch.empty_like(base)
         flat = [matrix(value) for value in values]
-        merge_weights_triton(matrix(base), flat, scales, groups, coefficients.float(), matrix(out))
+        merge_weights_triton(matrix(base), flat, scales, groups, coefficients, matrix(out))
         return out
     vectors = [unpack(*one, base.shape) for one in zip(values, scales, groups)]
     return merge_weights_reference(base, vectors, coefficients.tolist()).to(base.dtype, copy=True)

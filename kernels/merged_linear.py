@@ -126,7 +126,7 @@ def merged_linear_triton(
 ) -> Tensor:
     """x [M, K] -> [M, N] (along_rows, W [N, K]) or x [M, N] -> [M, K], in x's dtype; float32 sums.
 
-    base: [N, K], or None for the delta alone; coefficients: [E] (or [E, N], one a row) float32; bias: [outputs] or
+    base: [N, K], or None for the delta alone; coefficients: [E] (or [E, N], one a row); bias: [outputs] or
     None; shape: (N, K). parts: into how many the contraction is cut; chosen when not given.
     """
     require_rows(x, *values, *scales, *([] if base is None else [base]))
@@ -154,7 +154,7 @@ def merged_linear_triton(
         out if base is None else base,
         tuple(values),
         tuple(scales),
-        coefficients,
+        coefficients.float().contiguous(),
         x.shape[0],
         outputs,
         length,

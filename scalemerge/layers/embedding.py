@@ -33,7 +33,7 @@ def merged_embedding(
     """W(c)[ids]. ids: [M]; coefficients: [E]; base: [V, K]. Returns [M, K] in the base's dtype."""
     if use_triton(base):
         out = base.new_empty(len(ids), base.shape[1])
-        return merge_weights_triton(base, values, scales, groups, coefficients.float(), out, index=ids)
+        return merge_weights_triton(base, values, scales, groups, coefficients, out, index=ids)
     dtype = accumulation_dtype(base.dtype)
 
     def rows(value: Tensor, scale: Tensor, group: int) -> Tensor:

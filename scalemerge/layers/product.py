@@ -87,12 +87,12 @@ class _Weights(NamedTuple):
 
 
 class _MergedBlocks:
-    """Iterates over (start, stop, W(c) block in `dtype`); on a GPU merges one block ahead on a side stream."""
+    """Iterates over (start, stop, W(c) block in x's dtype); on a GPU merges one block ahead on a side stream."""
 
-    def __init__(self, weights: _Weights, along_rows: bool, dtype: torch.dtype, chunk_bytes: int) -> None:
-        self._weights, self._along_rows, self._dtype = weights, along_rows, dtype
-        self._shape, self._device = weights.shape, weights.coefficients.device
-        self._sum_dtype = dtype if use_triton(weights.coefficients) else accumulation_dtype(dtype)
+    def __init__(self, weights: _Weights, along_rows: bool, x: Tensor, chunk_bytes: int) -> None:
+        self._weights, self._along_rows, self._shape = weights, along_rows, weights.shape
+        self._dtype, self._device, self._on_gpu = x.dtype, x.device, use_triton(x)
+        self._sum_dtype = _sum_dtype(x)
         self.ranges = list(blocks(weights.shape, along_rows, self._sum_dtype, chunk_bytes))
 
     def _place(self, start: int, stop: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -134,7 +134,7 @@ class _MergedBlocks:
                 used.append(main.record_event())
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
-        ahead = use_triton(self._weights.coefficients) and len(self.ranges) > 1
+        ahead = self._on_gpu and len(self.ranges) > 1
         return self._one_ahead() if ahead else self._one_by_one()
 
 
@@ -190,12 +190,11 @@ def merged_product(
         y = x.new_empty(len(x), outputs)
         if not values:
             return _add_product(y.copy_(bias) if bias is not None else y.zero_(), x, base, along_rows, chunk_bytes)
-        c = coefficients.float().contiguous() if use_triton(x) else coefficients
-        weights = _Weights(None if split else base, values, scales, groups, c, base.shape)
+        weights = _Weights(None if split else base, values, scales, groups, coefficients, base.shape)
         if cached is None and choose(strategy, len(x), x) == "on_the_fly":
             y = _few_rows(x, weights, bias, along_rows)
         else:
-            merged = _MergedBlocks(weights, along_rows, x.dtype, chunk_bytes)
+            merged = _MergedBlocks(weights, along_rows, x, chunk_bytes)
             for start, stop, weight in merged if cached is None else [(0, outputs, cached)]:
                 factor = weight.T if along_rows else weight
                 if bias is None:
@@ -246,9 +245,8 @@ def merged_product_backward(
 
         if not values:
             return (_add_product(dx.zero_(), dy, base, not along_rows, chunk_bytes) if need_x else dx), dc
-        c = coefficients.float().contiguous() if use_triton(dy) else coefficients
-        weights = _Weights(None if split else base, values, scales, groups, c, base.shape)
-        merged = _MergedBlocks(weights, not along_rows, dy.dtype, chunk_bytes)
+        weights = _Weights(None if split else base, values, scales, groups, coefficients, base.shape)
+        merged = _MergedBlocks(weights, not along_rows, dy, chunk_bytes)
         together = False
         if need_x and cached is not None:
             torch.mm(dy, cached if along_rows else cached.T, out=dx)
