@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import hide_this_folder
 from torch import Tensor
 
 from scalemerge import pipeline
@@ -14,12 +14,10 @@ from scalemerge.positioning import Search, build
 from scalemerge.recipe import load_recipe
 from scalemerge.training import load_encoder
 
-# transformers imports whatever is called `kernels`: it must not find the benchmark of that name
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-
 
 def open_run(folder: Path, out: Path) -> pipeline.Run:
     """The run of `folder`, with searches, merged models and scores going to `out`/work."""
+    hide_this_folder()
     recipe = load_recipe(folder / "recipe.yaml")
     experts = {name: folder / "experts" / name for name in recipe.tasks}
     return pipeline.prepare(recipe, out / "work", experts=experts)

