@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from scalemerge.encoder import local_folder
 from scalemerge.errors import InputError
-from scalemerge.kernels.formats import TaskVector, quantize
+from scalemerge.kernels.formats import TaskVector
+from scalemerge.task_vectors.formats import compress
 
 #: our layers' ways and their settings; merged_int4 has other task vectors
 OURS: dict[str, dict[str, Any]] = {
@@ -118,10 +119,7 @@ def merged_by_autograd(module: nn.Module, vectors: dict[str, list[Tensor]], c: T
 
 def compressed(vectors: dict[str, list[Tensor]]) -> dict[str, list[TaskVector]]:
     """Matrices in int4, the rest as it is."""
-    return {
-        name: [quantize(vector, 4) if vector.dim() == 2 else vector for vector in list_]
-        for name, list_ in vectors.items()
-    }
+    return {name: [compress(vector, "int4") for vector in list_] for name, list_ in vectors.items()}
 
 
 def make_step(variant: str, model: nn.Module, vectors: dict[str, list[Tensor]], ids: Tensor) -> Step:

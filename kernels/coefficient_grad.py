@@ -254,7 +254,7 @@ def _(left: Any, right: Any, values: Any, *rest: Any) -> Any:
 
 
 @jit
-def _embedding_grad_kernel(
+def _gathered_products_kernel(
     partial,
     ids,
     gradient,
@@ -313,7 +313,7 @@ def gathered_products_triton(
     if not programs:
         return torch.zeros(len(values), dtype=torch.float64, device=gradient.device)
     partial = torch.empty(programs, len(values), dtype=torch.float32, device=gradient.device)
-    _embedding_grad_kernel[(programs,)](
+    _gathered_products_kernel[(programs,)](
         partial,
         gradient if ids is None else ids,
         gradient,

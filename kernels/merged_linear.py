@@ -63,7 +63,6 @@ def _merged_linear_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
-    ROUND_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out[part, m, o]: part `program_id(1)` of the contraction for one tile of outputs and one of rows."""
@@ -98,7 +97,7 @@ def _merged_linear_kernel(
             HAS_BASE,
             COEFFICIENT_ROWS,
         )
-        weight = weight.to(ROUND_DTYPE).to(DOT_DTYPE)
+        weight = weight.to(DOT_DTYPE)  # rounded once, to the dtype of x
         if ALONG_ROWS:
             total = tl.dot(weight, tl.trans(x_tile), total, input_precision=PRECISION)
         else:
@@ -173,7 +172,6 @@ def merged_linear_triton(
         BLOCK_OUT=width,
         BLOCK_IN=inner,
         DOT_DTYPE=dot_dtype(x.dtype),
-        ROUND_DTYPE=dot_dtype(x.dtype),
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -63,9 +63,7 @@ def build(encoder: Encoder, store: TaskVectorStore, settings: Positioning) -> Po
     position = Position(settings.position, group_grams(grams, groups), order=order, start=settings.start)
     rows = {name: number for number, members in enumerate(groups.values()) for name in members}
     coefficients = Coefficients(rows, position().detach())
-    layers = MergeSettings(
-        precision=settings.sums, sample_rows=settings.sample_rows, recompute=settings.recompute
-    )  # fmt: skip
+    layers = MergeSettings(precision=settings.sums, sample_rows=settings.sample_rows, recompute=settings.recompute)
     attach(encoder.backbone, {name: store.held(name) for name in names}, coefficients, layers)
     encoder.eval()
     whole = torch.stack(list(grams.values())).sum(0)

@@ -34,7 +34,7 @@ PROCESSORS = {80: 108, 90: 132, 100: 148}
 KERNELS = {
     merge_weights: ["_merge_weights_kernel"],
     merged_linear: ["_merged_linear_kernel"],
-    coefficient_grad: ["_coefficient_grad_kernel", "_embedding_grad_kernel"],
+    coefficient_grad: ["_coefficient_grad_kernel", "_gathered_products_kernel"],
 }
 
 
