@@ -9,7 +9,7 @@ import torch
 
 from scalemerge.data.sources import TEXT_ROLES
 from scalemerge.data.tasks import TaskRows
-from scalemerge.objectives.batches import Feature, TextBatch
+from scalemerge.objectives.batches import Feature, TextBatch, role_bounds, sizes
 from scalemerge.recipe import Task
 
 Tokenize = Callable[[Sequence[str], str], list[Feature]]
@@ -20,24 +20,40 @@ def label_number(label: str) -> int:
     return int.from_bytes(hashlib.blake2b(label.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def collate(rows: TaskRows, indices: Sequence[int], task: Task, tokenize: Tokenize) -> TextBatch:
-    """Tokenize the texts of some rows.
+def collate(
+    rows: TaskRows, indices: Sequence[int], task: Task, tokenize: Tokenize, *, rank: int = 0, world: int = 1
+) -> TextBatch:
+    """Tokenize the texts of some rows: of all of them, or of one rank's share with the targets of all.
 
     Prompts: queries and symmetric texts get the query prompt, positives and negatives the document prompt.
     """
     assert task.loss is not None
     table = rows.data[list(indices)]
     prompts, roles = task.prompts, {}
-    for role in TEXT_ROLES[rows.kind]:
-        roles[role] = tokenize(list(table[role]), prompts.document if role == "positive" else prompts.query)
-    counts: tuple[int, ...] | None = None
+    texts = {role: list(table[role]) for role in TEXT_ROLES[rows.kind]}
+    negative_counts: tuple[int, ...] | None = None
     if rows.kind == "triplets":
-        counts = tuple(len(negatives) for negatives in table["negatives"])
-        flat = [text for negatives in table["negatives"] for text in negatives]
-        roles["negatives"] = tokenize(flat, prompts.document)
+        negative_counts = tuple(len(negatives) for negatives in table["negatives"])
+        texts["negatives"] = [text for negatives in table["negatives"] for text in negatives]
+    counts = {}
+    for role, of_role in texts.items():
+        bounds = role_bounds(role, len(indices), world, negative_counts)
+        counts[role] = sizes(bounds)
+        prompt = prompts.document if role in ("positive", "negatives") else prompts.query
+        roles[role] = tokenize(of_role[bounds[rank] : bounds[rank + 1]], prompt)
     targets = {}
     if rows.kind == "scored_pairs":
         targets["score"] = torch.tensor(table["score"], dtype=torch.float32)
     elif rows.kind == "labelled_texts":
         targets["label"] = torch.tensor([label_number(label) for label in table["label"]], dtype=torch.int64)
-    return TextBatch(rows.name, task.loss.name, dict(task.loss.parameters), roles, targets, counts)
+    dimensions = task.loss.matryoshka or []
+    return TextBatch(
+        task=rows.name,
+        loss=task.loss.name,
+        parameters=dict(task.loss.parameters),
+        roles=roles,
+        targets=targets,
+        negative_counts=negative_counts,
+        matryoshka=tuple(zip(dimensions, task.loss.matryoshka_weights or [1.0] * len(dimensions), strict=True)),
+        counts=counts if world > 1 else None,
+    )

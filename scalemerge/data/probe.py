@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scalemerge.data.streams import StreamedRows, check_streamed, is_streamed, open_task
 from scalemerge.data.tasks import TaskRows, load_task
 from scalemerge.errors import InputError
 from scalemerge.recipe import Probe, Recipe
@@ -22,16 +23,23 @@ _LARGEST_SHARE = 0.25  # of a task's rows that may be held out in all
 
 @dataclass
 class TaskData:
-    """A task's rows, split."""
+    """A task's rows, split. Those of a stream are read while it is trained on."""
 
-    train: TaskRows
+    train: TaskRows | StreamedRows
     probe: TaskRows
     validation: TaskRows
 
 
 def load_tasks(recipe: Recipe) -> dict[str, TaskData]:
-    """Read all tasks and split off their probe sets. Raises InputError before anything is computed."""
-    tables = {name: load_task(name, task, task.sources, recipe) for name, task in recipe.tasks.items()}
+    """Read all tasks and split off their probe sets. Raises InputError before anything is computed.
+
+    Of a stream the first window is read: the probe set is from there, unless it has sources of its own.
+    """
+    check_streamed(recipe)
+    streams = {name: open_task(name, task, recipe) for name, task in recipe.tasks.items() if is_streamed(task)}
+    tables = {
+        name: load_task(name, task, task.sources, recipe) for name, task in recipe.tasks.items() if name not in streams
+    }
     held: dict[str, tuple[TaskRows, TaskRows]] = {}
     given: dict[str, TaskRows] = {}
     for name, task in recipe.tasks.items():
@@ -39,12 +47,17 @@ def load_tasks(recipe: Recipe) -> dict[str, TaskData]:
             given[name] = load_task(name, task, task.probe_sources, recipe, "probe_sources")
             held[name] = _split(given[name], recipe.probe, share=1.0)
         else:
-            held[name] = _split(tables[name], recipe.probe, share=_LARGEST_SHARE)
+            rows = streams[name].first if name in streams else tables[name]
+            held[name] = _split(rows, recipe.probe, share=_LARGEST_SHARE)
     for name, rows in given.items():
         _refuse_overlap(name, rows, tables)
     kept_apart = set().union(*(part.anchors() for pair in held.values() for part in pair))
-    split = {}
-    for name, rows in tables.items():
+    split: dict[str, TaskData] = {}
+    for name in recipe.tasks:
+        if name in streams:
+            split[name] = TaskData(streams[name].without(kept_apart), *held[name])
+            continue
+        rows = tables[name]
         keep = [index for index in range(len(rows)) if rows.anchor(index) not in kept_apart]
         if not keep:
             raise InputError(f"tasks.{name}: no training rows are left beside the probe set; lower probe.rows_per_task")
@@ -101,7 +114,11 @@ def manifest(split: dict[str, TaskData], probe: Probe) -> dict[str, Any]:
     return {
         "seed": probe.seed,
         "tasks": {
-            name: {"probe": data.probe.ids, "validation": data.validation.ids, "training_rows": len(data.train)}
+            name: {
+                "probe": list(data.probe.ids),
+                "validation": list(data.validation.ids),
+                "training_rows": len(data.train) if isinstance(data.train, TaskRows) else None,  # a stream
+            }
             for name, data in split.items()
         },
     }

@@ -7,10 +7,11 @@ has been checked: the columns are there, texts are texts, scores are finite numb
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ _ALSO_CALLED = {
     "score": ("score", "similarity_score"),
     "label": ("label", "labels"),
 }
+_ENDS = 1 << 16  # bytes
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 
 
@@ -64,19 +66,19 @@ def load_rows(source: Source, kind: str, *, data: str | None = None) -> Dataset:
     """
     import datasets
 
-    datasets.disable_progress_bars()
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or every local file is announced to the hub: seconds offline
     where = resolve_path(source, data)
+    if source.streamed:
+        raise InputError(f"{where}: a stream is read as a whole only with a 'limit'; give one, or drop 'streaming'")
     if kind == "retrieval" and Path(where).is_dir():
         rows: Any = _retrieval_rows(Path(where), source.split)
     else:
-        rows = _open(where, source)
+        rows = open_table(where, source)
     try:
         if isinstance(rows, datasets.IterableDataset):
             rows = _take(rows, source, where)
         else:
             rows = _choose(rows, source, where)
-        rows = _canonical(rows, source, kind, where)
+        rows = canonical(rows, source, kind, where)
     except UnicodeDecodeError:
         raise InputError(f"{where}: holds text that is not UTF-8; convert the file") from None
     if not len(rows):
@@ -87,8 +89,9 @@ def load_rows(source: Source, kind: str, *, data: str | None = None) -> Dataset:
 
 def _choose(rows: Dataset, source: Source, where: str) -> Dataset:
     """The rows that pass `where`, at most `limit` of them: a fixed sample. Adds the row numbers."""
-    if "row" not in rows.column_names:
-        rows = rows.add_column("row", list(range(len(rows))))
+    if "row" in rows.column_names:  # another's numbers: not those an error could name
+        rows = rows.remove_columns("row")
+    rows = rows.add_column("row", list(range(len(rows))))
     for column, values in source.where.items():
         _check_filter(column, rows.column_names, where)
         rows = rows.filter(lambda value, allowed=values: value in allowed, input_columns=column)
@@ -99,25 +102,72 @@ def _choose(rows: Dataset, source: Source, where: str) -> Dataset:
 
 def _take(stream: IterableDataset, source: Source, where: str) -> Dataset:
     """The first `limit` rows of a stream that pass `where`."""
-    from datasets import Dataset
+    assert source.limit is not None
+    taken, _ = take(enumerate(stream), source, where, source.limit)
+    if not taken:
+        raise no_rows_in(where, source)
+    return table_of(taken, where)
 
+
+def no_rows_in(where: str, source: Source) -> InputError:
+    return InputError(f"{where}: the stream holds no rows (filter {source.where or 'none'}); give a data set that "
+                      "is not empty")  # fmt: skip
+
+
+def take(
+    rows: Iterator[tuple[int, dict[str, Any]]], source: Source, where: str, count: int
+) -> tuple[list[dict[str, Any]], int]:
+    """The next `count` rows (fewer at the end) of a numbered stream that pass `where`, each with its number as `row`;
+    and how many were read for them."""
     taken: list[dict[str, Any]] = []
+    read = 0
     try:
-        for number, row in enumerate(stream):
+        while len(taken) < count and (numbered := next(rows, None)) is not None:
+            read += 1
+            number, row = numbered
             for column in source.where:
                 _check_filter(column, list(row), where)
             if all(row[column] in values for column, values in source.where.items()):
-                taken.append({"row": number, **row})
-            if len(taken) == source.limit:
-                break
+                taken.append({**row, "row": number})
     except InputError:
         raise
     except Exception as error:  # a stream is read here, not when it is opened
         raise _unreadable(where, error) from error
-    if not taken:
-        raise InputError(f"{where}: the stream holds no rows (filter {source.where or 'none'}); give a data set that "
-                         "is not empty")  # fmt: skip
-    return Dataset.from_list(taken)
+    return taken, read
+
+
+def table_of(taken: list[dict[str, Any]], where: str) -> Dataset:
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_list(taken)
+    except Exception as error:  # values of one column that are of two types
+        raise _unreadable(where, error) from error
+
+
+def open_stream(source: Source, kind: str, data: str | None) -> tuple[str, IterableDataset]:
+    """A source's resolved path and its rows as a stream, none of them read or checked yet. Raises InputError."""
+    where = resolve_path(source, data)
+    if kind == "retrieval" and Path(where).is_dir():
+        raise InputError(f"{where}: a retrieval folder cannot be streamed; drop 'streaming', or give rows of query "
+                         "and positive")  # fmt: skip
+    return where, open_table(where, source)
+
+
+def describe_files(source: Source, data: str | None) -> list[list[Any]]:
+    """Name, size, and a hash of the first and last 64 KiB of each file of a local source; nothing for a hub id.
+
+    Not the time of change: a copy on another node is the same data.
+    """
+    described = []
+    for file in _files(resolve_path(source, data), source.split) or []:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            digest = hashlib.sha256(stream.read(_ENDS))
+            stream.seek(max(0, size - _ENDS))
+            digest.update(stream.read(_ENDS))
+        described.append([file.name, size, digest.hexdigest()[:16]])
+    return described
 
 
 def _check_filter(column: str, names: list[str], where: str) -> None:
@@ -132,9 +182,11 @@ def _unreadable(where: str, error: Exception) -> InputError:
     return InputError(f"{where}: cannot be read as a data set ({reason[:200]}); mend the file or its path")
 
 
-def _open(where: str, source: Source) -> Any:
+def open_table(where: str, source: Source) -> Any:
     import datasets
 
+    datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or every local file is announced to the hub: seconds offline
     files = _files(where, source.split)
     try:
         if files is None:
@@ -212,7 +264,7 @@ def _retrieval_rows(folder: Path, split: str) -> Dataset:
         )
 
     def texts(path: Path) -> dict[str, str]:
-        rows = _open(str(path), Source(path=str(path)))
+        rows = open_table(str(path), Source(path=str(path)))
         if not {"_id", "text"} <= set(rows.column_names):
             raise InputError(f"{path}: needs the columns _id and text; found {', '.join(rows.column_names)}")
         _check_texts(list(rows["text"]), range(len(rows)), "text", str(path))
@@ -225,7 +277,7 @@ def _retrieval_rows(folder: Path, split: str) -> Dataset:
     corpus = texts(table("corpus.jsonl"))
     queries = texts(table(f"queries.{split}.jsonl", "queries.jsonl"))
     qrels_path = table(f"qrels.{split}.tsv", f"qrels/{split}.tsv")
-    qrels = _open(str(qrels_path), Source(path=str(qrels_path)))
+    qrels = open_table(str(qrels_path), Source(path=str(qrels_path)))
     if not {"query-id", "corpus-id", "score"} <= set(qrels.column_names):
         raise InputError(f"{qrels_path}: needs the header query-id, corpus-id, score; found {qrels.column_names}")
     scores = _scores(list(qrels["score"]), range(len(qrels)), "score", str(qrels_path))
@@ -237,7 +289,8 @@ def _retrieval_rows(folder: Path, split: str) -> Dataset:
     return Dataset.from_dict(pairs)
 
 
-def _canonical(rows: Dataset, source: Source, kind: str, where: str) -> Dataset:
+def canonical(rows: Dataset, source: Source, kind: str, where: str) -> Dataset:
+    """Rows (numbered in a column `row`) in the schema of `kind`, checked; those with an empty text are left out."""
     columns = {role: _column(rows, source, role, where) for role in TEXT_ROLES[kind]}
     target = TARGETS.get(kind)
     if target:
@@ -257,11 +310,18 @@ def _canonical(rows: Dataset, source: Source, kind: str, where: str) -> Dataset:
         table["label"] = [str(value) for value in table["label"]]
     table["row"] = numbers
     keep = [index for index in range(len(table["row"])) if all(table[role][index].strip() for role in TEXT_ROLES[kind])]
-    from datasets import Dataset
-
     if len(keep) < len(table["row"]):
         table = {name: [values[index] for index in keep] for name, values in table.items()}
-    return Dataset.from_dict(table)
+    return typed(table)
+
+
+def typed(table: dict[str, list[Any]]) -> Dataset:
+    """Canonical columns as a data set whose types do not depend on the values: any two can be put together."""
+    from datasets import Dataset, Features, Value
+
+    kinds: dict[str, Any] = {"negatives": [Value("string")], "score": Value("float64"), "row": Value("int64")}
+    features = {name: kinds.get(name, Value("string")) for name in table}
+    return Dataset.from_dict(table, features=Features(features))
 
 
 def _column(rows: Dataset, source: Source, role: str, where: str) -> str:

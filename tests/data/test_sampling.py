@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import random
+import time
 from collections import Counter
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from scalemerge.data.sampling import allot, batch_stream, mixing_weights, plan_batches, steps_for
+from scalemerge.data.sampling import allot, batch_stream, mixing_weights, steps_for
 from scalemerge.data.tasks import TaskRows, fingerprint
 from scalemerge.errors import InputError
 
@@ -109,6 +111,147 @@ def test_a_batch_that_cannot_be_filled() -> None:
         next(batch_stream(distinct(10), 11, 0))
 
 
+def one_after_another(rows: TaskRows, size: int, count: int, seed: int) -> list[tuple[int, ...]]:
+    """The definition, word for word: shuffle, put each row into the first batch that has none of its texts."""
+    generator = random.Random(f"{seed}/{rows.name}")
+    made: list[tuple[int, ...]] = []
+    waiting: list[int] = []
+    while len(made) < count:
+        order = list(range(len(rows)))
+        generator.shuffle(order)
+        waiting += order
+        while True:
+            batch: list[int] = []
+            left: list[int] = []
+            seen: set[int] = set()
+            for row in waiting:
+                if len(batch) < size and (rows.kind == "scored_pairs" or not seen & set(rows.texts[row])):
+                    batch.append(row)
+                    seen |= set(rows.texts[row])
+                else:
+                    left.append(row)
+            if len(batch) < size:
+                waiting = batch + left
+                break
+            made.append(tuple(batch))
+            waiting = left
+    return made[:count]
+
+
+@given(
+    texts=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 30), st.integers(0, 99)), min_size=12, max_size=80),
+    size=st.integers(2, 6),
+    seed=st.integers(0, 99),
+    kind=st.sampled_from(["triplets", "scored_pairs"]),
+)
+@settings(max_examples=200)
+def test_rows_wait_their_turn(texts, size, seed, kind) -> None:
+    """However many wait for a batch without their texts, and over several passes: the batches of the definition."""
+    rows = table([tuple(f"t{number}" for number in row) for row in texts], kind)
+    try:
+        made = batches(rows, size, 30, seed)
+    except InputError:
+        return
+    assert made == one_after_another(rows, size, 30, seed)
+
+
+def test_a_text_in_every_other_row_takes_no_time_to_pass_over() -> None:
+    """100,000 rows of one text, of which each batch takes one: looking through all of them each time takes an hour."""
+    count = 200_000
+    rows = TaskRows("t", "pairs", None, range(count), [(n if n % 2 else 1, count + n) for n in range(count)])
+    began = time.monotonic()
+    made = batches(rows, 64, 1500)
+    assert all(sum(row % 2 == 0 for row in batch) <= 2 for batch in made)
+    assert time.monotonic() - began < 20
+
+
+# ---- batches of like lengths -------------------------------------------------------------------------------------
+
+
+def of_lengths(lengths: list[int], kind: str = "pairs", labels: list[str] | None = None) -> TaskRows:
+    """Rows whose longest text has so many characters; the other one has two."""
+    from datasets import Dataset
+
+    texts = [f"{row}".ljust(length, "x") for row, length in enumerate(lengths)]
+    columns = {"text": texts, "label": labels} if labels else {"query": ["qq"] * len(texts), "positive": texts}
+    prints = [(row,) if labels else (row, len(texts) + row) for row in range(len(texts))]
+    return TaskRows("t", kind, Dataset.from_dict(columns), [f"s0:{n}" for n in range(len(texts))], prints)
+
+
+def bucketed(rows: TaskRows, size: int, count: int, buckets: int, seed: int = 0) -> list[tuple[int, ...]]:
+    return list(itertools.islice(batch_stream(rows, size, seed, 4, buckets), count))
+
+
+def padding(rows: TaskRows, made: list[tuple[int, ...]]) -> float:
+    """The share of characters that are padding."""
+    lengths = rows.lengths()
+    padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in made)
+    return 1 - sum(lengths[row] for batch in made for row in batch) / padded
+
+
+def test_lengths_are_those_of_the_longest_text() -> None:
+    from datasets import Dataset
+
+    columns = {"query": ["aaaa", "a", "a"], "positive": ["b", "bbb", "b"], "negatives": [[], ["c"], ["c", "ccccc"]]}
+    rows = TaskRows("t", "triplets", Dataset.from_dict(columns), list("abc"), [()] * 3)
+    assert list(rows.lengths()) == [4, 3, 5]
+    assert list(of_lengths([5, 9], "labelled_texts", ["x", "y"]).lengths()) == [5, 9]
+
+
+def test_buckets_save_padding() -> None:
+    generator = random.Random(0)
+    rows = of_lengths([generator.randint(8, 400) for _ in range(640)])
+    shares = [padding(rows, bucketed(rows, 16, 40, buckets)) for buckets in (1, 2, 8)]
+    assert shares[0] > 0.4 and shares[0] > shares[1] + 0.1 and shares[1] > shares[2] + 0.1 and shares[2] < 0.2
+
+
+def test_buckets_come_in_no_order_of_length() -> None:
+    generator = random.Random(0)
+    rows = of_lengths([generator.randint(8, 400) for _ in range(640)])
+    lengths, made = rows.lengths(), bucketed(rows, 16, 40, 40)
+    longest = [max(lengths[row] for row in batch) for batch in made]
+    rises = sum(a < b for a, b in itertools.pairwise(longest))
+    assert 10 < rises < 29
+
+
+@given(
+    texts=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=8, max_size=60),
+    size=st.integers(2, 5),
+    buckets=st.integers(2, 6),
+    seed=st.integers(0, 99),
+)
+def test_no_text_twice_in_a_batch_of_like_lengths(texts, size, buckets, seed) -> None:
+    rows = of_lengths([2 + 7 * a for a, _ in texts])
+    rows.texts = [(a, 100 + b) for a, b in texts]
+    try:
+        made = bucketed(rows, size, 12, buckets, seed)
+    except InputError as error:
+        assert "cannot fill a batch" in str(error)
+        return
+    assert made == bucketed(rows, size, 12, buckets, seed)
+    for batch in made:
+        seen = [text for row in batch for text in rows.texts[row]]
+        assert len(batch) == size and len(seen) == len(set(seen))
+
+
+@given(count=st.integers(10, 60), size=st.integers(2, 6), buckets=st.integers(2, 5), seed=st.integers(0, 99))
+def test_buckets_use_every_row_as_often(count, size, buckets, seed) -> None:
+    """The longest too: over 6 passes each row is used 5 to 7 times."""
+    rows = of_lengths([2 + row for row in range(count)])
+    used = Counter(row for batch in bucketed(rows, size, 6 * count // size, buckets, seed) for row in batch)
+    assert set(used) == set(range(count)) and set(used.values()) <= {5, 6, 7}
+
+
+@given(size=st.integers(3, 12), buckets=st.integers(2, 5), seed=st.integers(0, 9999))
+@settings(max_examples=200)
+def test_buckets_keep_texts_of_a_label_together(size, buckets, seed) -> None:
+    generator = random.Random(seed)
+    labels = [str(row % 12) for row in range(96)]
+    rows = of_lengths([generator.randint(3, 90) for _ in range(96)], "labelled_texts", labels)
+    for batch in bucketed(rows, size, 96 // size, buckets, seed):
+        assert max(Counter(labels[row] for row in batch).values()) >= 2
+
+
 # ---- mixing ------------------------------------------------------------------------------------------------------
 
 SIZES = st.dictionaries(st.text("abcdef", min_size=1, max_size=2), st.integers(1, 10**7), min_size=1, max_size=6)
@@ -167,32 +310,6 @@ def test_allot_is_exact(sizes, steps, alpha) -> None:
     for task, count in counts.items():
         assert abs(count - weights[task] * steps) < 1 + 1e-6
         assert count >= 0
-
-
-# ---- the whole plan ----------------------------------------------------------------------------------------------
-
-
-@given(steps=st.lists(st.integers(0, 8), min_size=1, max_size=4), size=st.integers(2, 5), seed=st.integers(0, 99))
-def test_the_plan(steps, size, seed) -> None:
-    """Exactly the steps asked for, one task a batch, the same plan again, whatever else is in the plan."""
-    tables = {f"task{n}": distinct(20 + n) for n in range(len(steps))}
-    for name, rows in tables.items():
-        rows.name = name
-    wanted = {f"task{n}": count for n, count in enumerate(steps)}
-    plan = plan_batches(tables, wanted, size, seed)
-    assert Counter(batch.task for batch in plan) == Counter({task: count for task, count in wanted.items() if count})
-    assert plan == plan_batches(dict(reversed(tables.items())), dict(reversed(wanted.items())), size, seed)
-    for task, count in wanted.items():
-        mine = [batch.rows for batch in plan if batch.task == task]
-        assert mine == list(itertools.islice(batch_stream(tables[task], size, seed), count))
-
-
-def test_tasks_alternate() -> None:
-    """Not all of one task and then all of the other: the last task would win."""
-    tables = {"a": distinct(40), "b": distinct(40)}
-    plan = plan_batches(tables, {"a": 50, "b": 50}, 4, 0)
-    changes = sum(one.task != two.task for one, two in itertools.pairwise(plan))
-    assert 30 < changes < 70
 
 
 @pytest.mark.parametrize(
