@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scalemerge.errors import InputError
+from scalemerge.errors import InputError, RankLost
 
 if TYPE_CHECKING:
     from scalemerge.recipe import Recipe
@@ -185,6 +185,83 @@ def evaluate(
     score_folder(model, wanted, out, name=name, data=data)
 
 
+@app.command(
+    epilog="Example: scalemerge mine runs/demo/experts/search --source pairs.jsonl.gz --out negatives.jsonl.gz "
+    "--negatives 7 --margin-relative 0.95"
+)
+def mine(
+    model: Annotated[str, typer.Argument(help="Model folder, hub id, or package:<name>/<folder>.", show_default=False)],
+    source: Annotated[str, typer.Option("--source", help="Rows: a file, folder or hub id.")],
+    out: Annotated[Path, typer.Option("--out", help="The .jsonl or .jsonl.gz to write: rows of kind triplets.")],
+    corpus: Annotated[
+        str | None, typer.Option("--corpus", help="File of texts to take negatives from. Default: the source's own.")
+    ] = None,
+    kind: Annotated[str, typer.Option("--kind", help="pairs, triplets or retrieval.")] = "pairs",
+    split: Annotated[str, typer.Option("--split", help="Split of a folder or hub id.")] = "train",
+    name: Annotated[str | None, typer.Option("--name", help="Configuration of a hub id.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option("--column", help="ROLE=NAME of a column, as query=question; repeat for more.")
+    ] = None,
+    negatives: Annotated[int, typer.Option("--negatives", help="How many a row.")] = 7,
+    rank_min: Annotated[int, typer.Option("--rank-min", help="Pass over so many of the nearest texts.")] = 10,
+    rank_max: Annotated[int, typer.Option("--rank-max", help="Take none that ranks after this.")] = 100,
+    margin_absolute: Annotated[
+        float | None, typer.Option("--margin-absolute", help="Negatives score below the positive's score minus this.")
+    ] = None,
+    margin_relative: Annotated[
+        float, typer.Option("--margin-relative", help="Negatives score below this times the positive's score.")
+    ] = 0.95,
+    no_margin: Annotated[bool, typer.Option("--no-margin", help="Do not apply --margin-relative.")] = False,
+    sampling: Annotated[str, typer.Option("--sampling", help="top or random, of those that pass.")] = "top",
+    seed: Annotated[int, typer.Option("--seed", help="Of --sampling random.")] = 0,
+    min_negatives: Annotated[int, typer.Option("--min-negatives", help="Drop rows with fewer.")] = 0,
+    query_prompt: Annotated[str | None, typer.Option("--query-prompt", help="Default: the model's own.")] = None,
+    document_prompt: Annotated[str | None, typer.Option("--document-prompt", help="Default: the model's own.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
+    device: Annotated[str | None, typer.Option("--device", help="Default: cuda where there is one.")] = None,
+    data: Data = None,
+) -> None:
+    """Mine hard negatives with a trained model. Resumes where it stopped."""
+    from scalemerge.mining import Rules, mine_files
+    from scalemerge.recipe import DATA_VARIABLE, Source
+
+    rules = Rules(
+        negatives,
+        rank_min,
+        rank_max,
+        margin_absolute,
+        None if no_margin else margin_relative,
+        sampling,
+        seed,
+        min_negatives,
+    )
+    folder = data or os.environ.get(DATA_VARIABLE)
+    summary = mine_files(
+        model,
+        Source(path=source, name=name, split=split, columns=_columns(column)),
+        out,
+        rules,
+        kind=kind,
+        corpus=corpus,
+        device=device,
+        data=str(folder) if folder else None,
+        query_prompt=query_prompt,
+        document_prompt=document_prompt,
+        batch_size=batch_size,
+    )
+    typer.echo("\n".join(summary.lines(rules)))
+
+
+def _columns(given: list[str] | None) -> dict[str, str]:
+    columns = {}
+    for text in given or []:
+        role, equals, name = text.partition("=")
+        if not equals or not role or not name:
+            raise InputError(f"--column {text}: write it as ROLE=NAME")
+        columns[role] = name
+    return columns
+
+
 @app.command(epilog="Example: scalemerge report runs/demo")
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)],
@@ -209,6 +286,8 @@ def main(arguments: list[str] | None = None) -> None:
         code = result if isinstance(result, int) else 0
     except InputError as error:
         code = _fail(str(error), 2, debug)
+    except RankLost as error:
+        code = _fail(str(error), 1, debug)
     except (typer.Abort, KeyboardInterrupt):
         code = _fail("interrupted; run the same command again to continue", 130, debug)
     except OSError as error:

@@ -10,3 +10,7 @@ class InputError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class RankLost(Exception):
+    """Another process of a distributed run has died. The message names it, and what to do."""

@@ -53,20 +53,9 @@ class Run:
         return self.out / "position"
 
     def base_folder(self) -> Path:
-        from scalemerge.encoder import package_folder
+        from scalemerge.encoder import local_folder
 
-        path = self.recipe.base.path
-        if path.startswith("package:"):
-            return package_folder(path)
-        if Path(path).is_dir():
-            return Path(path)
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(snapshot_download(path, ignore_patterns=["*.bin", "*.onnx", "*.h5"]))
-        except Exception as error:  # the hub client raises many types for one cause: the model cannot be had
-            reason = str(error).strip().split("\n")[0]
-            raise InputError(f"base.path: '{path}' is no folder and no reachable hub model ({reason[:150]})") from error
+        return Path(local_folder(self.recipe.base.path))
 
     def save_recipe(self) -> None:
         if os.environ.get("RANK", "0") == "0":
@@ -91,10 +80,7 @@ def prepare(recipe: Recipe, out: Path, *, experts: dict[str, Path] | None = None
     run.data, run.suite = load_tasks(recipe), suite
     run.save_recipe()
     for name, task in run.data.items():
-        say(
-            f"task {name}: {len(task.train)} training rows, {len(task.probe)} probe rows, "
-            f"{len(task.validation)} validation rows"
-        )
+        say(f"task {name}: {task.train.size}, {len(task.probe)} probe rows, {len(task.validation)} validation rows")
     return run
 
 
@@ -175,7 +161,8 @@ def position_key(run: Run, store: Any) -> str:
         "experts": store.experts,
         "probe": manifest(run.data, run.recipe.probe),
         "texts": {
-            name: [content_key(data.probe.texts), content_key(data.validation.texts)] for name, data in run.data.items()
+            name: [content_key(list(data.probe.texts)), content_key(list(data.validation.texts))]
+            for name, data in run.data.items()
         },
         "tasks": {
             name: task.model_dump(include={"kind", "loss", "prompts"}) for name, task in run.recipe.tasks.items()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -46,20 +46,27 @@ class Base(_Section):
     """The base model that all experts start from.
 
     path: a folder in sentence-transformers or transformers format, a hub id, or `package:<import name>/<folder>`
-    for a model that an installed Python package carries.
+    for a model that an installed Python package carries. bidirectional: let the tokens of a decoder see later ones.
+    pool_prompt: whether mean pooling counts the tokens of a prompt (None: as the folder says, else yes).
     """
 
     path: str
     pooling: Literal["cls", "mean", "last"] | None = None
     normalize: bool = True
     max_length: int | None = Field(None, ge=2)
+    bidirectional: bool = False
+    pool_prompt: bool | None = None
     attention: str | None = None
     trust_remote_code: bool = False
 
 
 class Source(_Section):
     """Where rows come from: a local JSONL(.gz)/Parquet/CSV file or folder, or a hub id. `{data}` and `{docs}` stand
-    for the folder of shared data and the built-in docs suite."""
+    for the folder of shared data and the built-in docs suite.
+
+    streaming: read without downloading or holding the whole; with a `limit`, its first rows as a table. Without one,
+    training reads the stream in windows of so many rows, shuffled each, again and again until training.max_steps.
+    """
 
     path: str
     name: str | None = None
@@ -68,12 +75,12 @@ class Source(_Section):
     where: dict[str, list[Any]] = {}
     limit: int | None = Field(None, ge=1)
     streaming: bool = False
+    window: int = Field(50_000, ge=2)
 
-    @model_validator(mode="after")
-    def _streaming_needs_a_limit(self) -> Source:
-        if self.streaming and self.limit is None:
-            raise ValueError("streaming needs a 'limit': how many rows to read from the stream")
-        return self
+    @property
+    def streamed(self) -> bool:
+        """Whether training reads it window by window, instead of a table of all rows."""
+        return self.streaming and self.limit is None
 
 
 class Prompts(_Section):
@@ -82,13 +89,50 @@ class Prompts(_Section):
 
 
 class Loss(_Section):
-    """`name` is an entry of scalemerge.objectives; `parameters` are the keyword arguments of that function."""
+    """`name` is an entry of scalemerge.objectives; `parameters` are the keyword arguments of that function.
+
+    matryoshka: dimensions at which the loss is taken as well, of embeddings cut to that many; their weighted mean is
+    trained. Weights default to 1 each; name the full dimension too, or it is not trained.
+    """
 
     name: Literal["infonce", "cosent", "supcon"]
     parameters: dict[str, Any] = {}
+    matryoshka: list[int] | None = Field(None, min_length=1)
+    matryoshka_weights: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _matryoshka_fits(self) -> Loss:
+        dimensions, weights = self.matryoshka, self.matryoshka_weights
+        if dimensions is not None and (min(dimensions) < 1 or len(set(dimensions)) < len(dimensions)):
+            raise ValueError(f"matryoshka: {dimensions} must be different positive dimensions")
+        if weights is not None and (len(weights) != len(dimensions or []) or min(weights) <= 0):
+            raise ValueError("matryoshka_weights: give one positive weight for each dimension of 'matryoshka'")
+        return self
+
+
+class Lora(_Section):
+    """Train low-rank adapters instead of all weights, through peft. quantize: how the frozen base is held (nf4 and int8
+    need bitsandbytes and a GPU). save: the adapter alone, or the whole model with the adapter merged into it."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] | None = None  # module names; None: all linear layers of the blocks
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    save: Literal["adapter", "merged"] = "adapter"
 
 
 class Training(_Section):
+    """How a model is trained.
+
+    chunk_tokens: a gradient cache in chunks of so many tokens ("auto": found on the first step; null: no cache).
+    accumulate: batches whose gradients make one optimizer step; each has negatives of its own only. length_groups:
+    padded groups in a forward pass. length_buckets: batches are cut from so many batches' rows sorted by length.
+    prefetch: batches tokenized ahead. evaluate_every: steps between evaluations on `evaluation_rows` rows held out of
+    training (null: none); keep: the last weights, or the best of those evaluations. save_dtype: of the model written.
+    trackers: what Accelerate logs to besides training.jsonl, e.g. [tensorboard].
+    """
+
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(64, ge=2)
@@ -99,12 +143,27 @@ class Training(_Section):
     clip_norm: float = Field(1.0, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
-    chunk_tokens: int | None = Field(None, ge=1)  # a gradient cache in chunks of so many tokens; None: no cache
+    chunk_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    accumulate: int = Field(1, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     length_groups: int = Field(4, ge=1)
+    length_buckets: int = Field(1, ge=1)
     samples_per_label: int = Field(4, ge=2)
     checkpoint_every: int = Field(100, ge=1)
-    engine: Literal["auto", "plain", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = "auto"
+    engine: Literal["auto", "plain", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"] = "auto"
+    prefetch: int = Field(2, ge=0)
+    evaluate_every: int | None = Field(None, ge=1)
+    evaluation_rows: int = Field(256, ge=2)
+    keep: Literal["last", "best"] = "last"
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    trackers: list[str] = []
+    lora: Lora | None = None
+
+    @model_validator(mode="after")
+    def _best_needs_evaluations(self) -> Training:
+        if self.keep == "best" and self.evaluate_every is None:
+            raise ValueError("keep: 'best' needs 'evaluate_every'")
+        return self
 
 
 class Task(_Section):

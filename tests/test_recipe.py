@@ -238,7 +238,7 @@ def test_an_unknown_key_like_no_other_lists_them_all(tmp_path: Path) -> None:
         ("tasks.a.sources", [], "tasks.a.sources: "),
         ("tasks.a.sources", None, "tasks.a.sources: "),
         ("tasks.a.sources.0.limit", 0, "tasks.a.sources.0.limit: "),
-        ("tasks.a.sources.0.streaming", True, "tasks.a.sources.0: streaming needs a 'limit'"),
+        ("tasks.a.sources.0.window", 1, "tasks.a.sources.0.window: Input should be greater than or equal to 2"),
         ("tasks.a.loss", {"name": "cosent"}, "tasks.a: loss 'cosent' does not fit kind 'pairs'; use 'infonce'"),
         ("tasks.a.loss", {"name": "triplet"}, "tasks.a.loss.name: "),
         ("tasks.a.weight", 0, "tasks.a.weight: "),

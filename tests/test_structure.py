@@ -18,7 +18,7 @@ PACKAGE = ROOT / "scalemerge"
 FLOORS = [
     {"errors", "progress", "kernels", "recipe", "encoder", "checkpoints", "objectives", "report"},
     {"task_vectors", "data", "merging"},
-    {"layers", "training", "evaluation"},
+    {"layers", "training", "evaluation", "mining"},
     {"positioning"},
     {"pipeline"},
     {"cli"},
@@ -222,7 +222,7 @@ def test_every_verb_shows_an_example() -> None:
     from scalemerge.cli import app
 
     verbs = list(get_command(app).commands)
-    assert {"run", "train", "position", "merge", "eval", "report"} <= set(verbs)
+    assert {"run", "train", "position", "merge", "eval", "mine", "report"} <= set(verbs)
     for verb in verbs:
         shown = CliRunner().invoke(app, [verb, "--help"])
         assert shown.exit_code == 0

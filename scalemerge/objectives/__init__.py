@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scalemerge.errors import InputError
@@ -42,7 +44,32 @@ def _is_number(value: Any) -> bool:
 
 
 def compute_loss(
-    name: str, embeddings: dict[str, Tensor], targets: dict[str, Tensor], parameters: dict[str, Any]
+    name: str,
+    embeddings: dict[str, Tensor],
+    targets: dict[str, Tensor],
+    parameters: dict[str, Any],
+    matryoshka: Sequence[tuple[int, float]] = (),
 ) -> Tensor:
-    """The loss `name` of embeddings by role [n, D] and targets by name [B]. A scalar tensor."""
-    return LOSSES[name](**embeddings, **targets, **parameters)
+    """The loss `name` of embeddings by role [n, D] and targets by name [B]. A scalar tensor.
+
+    matryoshka: (dimension, weight) of each length at which to take it; the result is their weighted mean
+    (Kusupati et al. 2022, arXiv 2205.13147). Raises InputError for a dimension that the embeddings do not have.
+    """
+
+    def at(dimension: int) -> Tensor:
+        cut = {role: shortened(rows, dimension) for role, rows in embeddings.items()}
+        return LOSSES[name](**cut, **targets, **parameters)
+
+    if not matryoshka:
+        return LOSSES[name](**embeddings, **targets, **parameters)
+    losses = torch.stack([at(dimension) for dimension, _ in matryoshka])
+    weights = losses.new_tensor([weight for _, weight in matryoshka])
+    return (losses * weights).sum() / weights.sum()
+
+
+def shortened(embeddings: Tensor, dimension: int) -> Tensor:
+    """The first `dimension` components of [n, D], normalized; the full length as it is."""
+    full = embeddings.shape[1]
+    if dimension > full:
+        raise InputError(f"loss.matryoshka: dimension {dimension} is more than the embeddings' {full}; lower it")
+    return embeddings if dimension == full else F.normalize(embeddings[:, :dimension], dim=-1)

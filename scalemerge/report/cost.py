@@ -63,9 +63,9 @@ class FlopCounter:
         from torch import nn
 
         linear = [
-            module.weight.numel()
+            getattr(module.weight, "ds_numel", module.weight.numel())  # ZeRO-3 leaves a shard in its place
             for name, module in backbone.named_modules()
-            if isinstance(module, nn.Linear) and not name.startswith("pooler")
+            if isinstance(module, nn.Linear) and "pooler" not in name
         ]
         self.weights = sum(linear)
         self.width = int(backbone.config.hidden_size)

@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -101,7 +100,7 @@ def split(batches: list[TextBatch], world: int) -> tuple[list[torch.Tensor], lis
     seen: list[torch.Tensor] = [torch.empty(0)] * world
 
     def work(rank: int) -> None:
-        losses = torch.stack(batch_losses(batches, models[rank], rank=rank, world=world))
+        losses = torch.stack(batch_losses([batch.share(rank, world) for batch in batches], models[rank], rank=rank))
         (losses.sum() * world).backward()
         seen[rank] = losses.detach()
 
@@ -137,13 +136,17 @@ def test_any_number_of_ranks_gives_one_loss_and_one_gradient(loss, rows, world, 
 )
 def test_bounds_cut_rows_whole_and_negatives_with_their_rows(rows, world, counts) -> None:
     batch = make_batch("infonce", rows, tuple(counts[:rows]))
-    cuts, negatives = batch.bounds("query", world), batch.bounds("negatives", world)
-    assert cuts[0] == negatives[0] == 0
-    assert cuts[-1] == rows and negatives[-1] == sum(counts[:rows])
-    assert cuts == batch.bounds("positive", world)
-    sizes = [stop - start for start, stop in pairwise(cuts)]
-    assert max(sizes) - min(sizes) <= 1
-    assert [b - a for a, b in pairwise(negatives)] == [sum(counts[a:b]) for a, b in pairwise(cuts)]
+    shares = [batch.share(rank, world) for rank in range(world)]
+    for role, texts in batch.roles.items():
+        assert [text for share in shares for text in share.roles[role]] == texts
+        assert all(share.counts[role] == tuple(len(other.roles[role]) for other in shares) for share in shares)
+    taken = 0
+    for share in shares:
+        own = len(share.roles["query"])
+        assert len(share.roles["negatives"]) == sum(counts[taken : taken + own]), "negatives stay with their rows"
+        taken += own
+    numbers = [len(share.roles["query"]) for share in shares]
+    assert max(numbers) - min(numbers) <= 1
 
 
 def test_tokens_are_counted_over_all_roles() -> None:
@@ -162,7 +165,7 @@ def gloo_rank(rank: int, folder: Path) -> None:
     store = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     model = Table()
-    losses = torch.stack(batch_losses(gloo_batches(), model, rank=rank, world=2))
+    losses = torch.stack(batch_losses([batch.share(rank, 2) for batch in gloo_batches()], model, rank=rank))
     (losses.sum() * 2).backward()
     for parameter in model.parameters():
         dist.all_reduce(parameter.grad)

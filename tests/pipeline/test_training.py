@@ -19,7 +19,7 @@ from scalemerge.errors import InputError
 from scalemerge.recipe import Training, load_recipe
 from scalemerge.training import expert_job, joint_job
 from scalemerge.training import loop as training_loop
-from scalemerge.training.engine import verify_engine
+from scalemerge.training.engine import verify_launch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,7 +126,7 @@ def test_a_diverging_run_stops_with_the_remedy(tiny_recipe: Callable[..., Path],
 
 
 class _Fake:
-    """What verify_engine looks at."""
+    """What verify_launch looks at."""
 
     def __init__(self, kind: str, processes: int) -> None:
         self.distributed_type, self.num_processes = f"DistributedType.{kind}", processes
@@ -134,16 +134,20 @@ class _Fake:
 
 def test_silent_fallbacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert verify_engine(_Fake("NO", 1), "auto") == "plain"
+    assert verify_launch(_Fake("NO", 1), "auto") == "plain"
     with pytest.raises(InputError, match="zero2 was asked for but plain runs"):
-        verify_engine(_Fake("NO", 1), "zero2")
+        verify_launch(_Fake("NO", 1), "zero2")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="use_cpu: false"):
-        verify_engine(_Fake("MULTI_CPU", 2), "auto")
+        verify_launch(_Fake("MULTI_CPU", 2), "auto")
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="asks for FSDP but plain runs; FSDP needs GPUs"):
+        verify_launch(_Fake("NO", 1), "auto")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
     with pytest.raises(InputError, match="2 processes were started but the engine sees 1"):
-        verify_engine(_Fake("NO", 1), "auto")
+        verify_launch(_Fake("NO", 1), "auto")
 
 
 def test_two_processes_train_the_same_expert_as_one(

@@ -1,0 +1,158 @@
+"""Engines end to end, as users start them: the same expert as one process trains, by the engine that was asked for;
+and configurations that Accelerate would silently replace by another engine are refused before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scalemerge.encoder import Encoder
+
+CONFIGS = Path(__file__).resolve().parents[3] / "accelerate_configs"
+CHANGES: dict[str, Any] = {"training.batch_size": 15, "training.learning_rate": 1e-4}
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "engine", ["zero3", *(pytest.param(name, marks=slow) for name in ("ddp", "zero1", "zero2", "zero3_offload"))]
+)
+def test_every_engine_trains_the_expert_of_one_process(
+    engine: str,
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+    finish: Callable[..., Path],
+    records: Any,
+    same_weights: Callable[..., None],
+) -> None:
+    one = finish(tiny_recipe(**CHANGES), tmp_path / "one", None)
+    # DS_ACCELERATOR is not set: scalemerge itself must say that there is no GPU
+    cached = tiny_recipe(**CHANGES, **{"training.chunk_tokens": 50, "training.engine": engine})
+    two = finish(cached, tmp_path / "two", engine, environment={"DS_ACCELERATOR": None})
+    assert json.loads((two / "scalemerge.json").read_text())["engine"] == engine
+    norms = [[record["gradient_norm"] for record in records(folder)] for folder in (one, two)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4), "Adam hides a gradient W times too small; its norm does not"
+    same_weights(one, two, 1e-5)
+
+
+@slow
+@pytest.mark.parametrize(("kind", "dtype"), [("qwen3", "float32"), ("modernbert", "bfloat16")])
+def test_other_architectures_under_zero3_load_in_sentence_transformers(
+    kind: str,
+    dtype: str,
+    tiny_recipe: Callable[..., Path],
+    tiny_folders: Callable[[str], Path],
+    tmp_path: Path,
+    finish: Callable[..., Path],
+    texts: list[str],
+    same_weights: Callable[..., None],
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    base = {"base.path": str(tiny_folders(kind)), "base.pooling": "last" if kind == "qwen3" else "mean"}
+    recipe = tiny_recipe(**CHANGES, **base, **{"training.chunk_tokens": 50, "training.save_dtype": dtype})
+    expert = finish(recipe, tmp_path / "two", "zero3")
+    assert {str(value.dtype) for value in load_file(expert / "model.safetensors").values()} == {f"torch.{dtype}"}
+    ours = Encoder.load(expert).encode(texts)
+    options = {"dtype": torch.float32}
+    theirs = SentenceTransformer(str(expert), device="cpu", model_kwargs=options).encode(texts, convert_to_tensor=True)
+    assert torch.allclose(ours, theirs, atol=1e-5, rtol=0)
+    untrained = Encoder.load(tiny_folders(kind), pooling=base["base.pooling"], max_length=32).encode(texts)
+    assert float((ours - untrained).abs().max()) > 1e-3, "it has learned something"
+    one = finish(recipe, tmp_path / "one", None)
+    same_weights(one, expert, 1e-5 if dtype == "float32" else 2e-3)  # bfloat16 rounds to 1/256
+
+
+REFUSED = {
+    "use_cpu": (
+        "zero2_cpu.yaml",
+        {"use_cpu: false": "use_cpu: true"},
+        {},
+        "asks for DeepSpeed but ddp runs; set use_cpu: false",
+    ),
+    "fsdp2": ("fsdp2.yaml", {"num_processes: 8": "num_processes: 2"}, {}, "asks for FSDP but"),
+    "engine": ("zero2_cpu.yaml", {}, {"training.engine": "zero3"}, "zero3 was asked for but zero2 runs"),
+    "one process": (
+        "ddp_cpu.yaml",
+        {"MULTI_GPU": "MULTI_CPU"},
+        {"training.engine": "ddp"},
+        "ddp was asked for but plain runs",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "case", ["use_cpu", *(pytest.param(name, marks=slow) for name in REFUSED if name != "use_cpu")]
+)
+def test_a_silent_fallback_is_refused_before_a_model_is_loaded(
+    case: str, tiny_recipe: Callable[..., Path], tmp_path: Path, start: Callable[..., Any]
+) -> None:
+    file, changes, settings, message = REFUSED[case]
+    text = (CONFIGS / file).read_text()
+    for old, new in changes.items():
+        assert old in text
+        lines = text.splitlines(keepends=True)
+        text = "".join(line if line.startswith("#") else line.replace(old, new) for line in lines)
+    config = tmp_path / file
+    config.write_text(text)
+    recipe = tiny_recipe(**settings)
+    run = start(recipe, tmp_path / "out", config)
+    run.wait()
+    assert run.errors, run.output[-3000:]
+    assert all(message in error for error in run.errors), run.errors
+    assert "exitcode  : 2" in run.output or run.process.returncode == 2, run.output[-3000:]
+    assert not list((tmp_path / "out").rglob("*.work")) and "resumed" not in run.output
+
+
+LOAD = """
+import json, os, sys
+from pathlib import Path
+from scalemerge.recipe import Base, Training
+from scalemerge.training.engine import make_accelerator
+from scalemerge.training.loop import load_encoder
+accelerator = make_accelerator(Training())
+def bytes_now(what):
+    line = next(line for line in open("/proc/self/status") if line.startswith(what))
+    return int(line.split()[1]) * 1024
+before = bytes_now("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
+encoder = load_encoder(Base(path=sys.argv[1], max_length=32))
+found = {"peak": bytes_now("VmHWM") - before, "after": bytes_now("VmRSS") - before,
+         "whole": sum(getattr(p, "ds_numel", p.numel()) for p in encoder.parameters()) * 4}
+Path(sys.argv[2], f"{accelerator.process_index}.json").write_text(json.dumps(found))
+accelerator.wait_for_everyone()
+"""
+
+
+@slow
+def test_zero3_loads_shards(tmp_path: Path, tiny_model: Callable[..., Path], environment: dict[str, str]) -> None:
+    """A base of 60 million parameters: no rank but the first, which reads the file, ever holds it whole."""
+    base = tiny_model(tmp_path / "base", "bert", vocab_size=40000, hidden_size=768, intermediate_size=3072,
+                      num_hidden_layers=4, num_attention_heads=12)  # fmt: skip
+    (tmp_path / "load.py").write_text(LOAD)
+    shares: dict[str, list[dict[str, float]]] = {}
+    for engine in ("ddp", "zero3"):
+        (tmp_path / engine).mkdir()
+        launcher = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(CONFIGS / f"{engine}_cpu.yaml"),
+        ]
+        launcher += ["--main_process_port", "0", str(tmp_path / "load.py"), str(base), str(tmp_path / engine)]
+        done = subprocess.run(launcher, capture_output=True, text=True, env=environment, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = [json.loads((tmp_path / engine / f"{rank}.json").read_text()) for rank in range(2)]
+        shares[engine] = [{key: each[key] / each["whole"] for key in ("peak", "after")} for each in found]
+        print(engine, [{key: f"{value / 1e6:.0f} MB" for key, value in each.items()} for each in found])
+    assert min(each["after"] for each in shares["ddp"]) > 0.9
+    assert all(each["after"] < 0.75 for each in shares["zero3"])
+    assert shares["zero3"][1]["peak"] < 0.9, "the second rank never held a whole copy"
