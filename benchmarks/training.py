@@ -21,6 +21,7 @@ import argparse
 import datetime
 import platform
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,11 @@ class Ours:
 
     def cached(self, batch: TextBatch) -> None:
         self.encoder.zero_grad(set_to_none=True)
-        cache = GradientCache(lambda features: self.encoder([self.encoder.pad(features)]), self.chunk_tokens)
+        cache = GradientCache(
+            lambda features: self.encoder([self.encoder.pad(features)]),
+            self.chunk_tokens,
+            hold=lambda alone: nullcontext(),
+        )
         batch_losses([batch], cache.encode)[0].backward()
         cache.backward(lambda surrogate, last: surrogate().backward())
 

@@ -9,14 +9,16 @@ alone. So a step has three phases:
 
 Any loss works unchanged: `batch_losses` takes `GradientCache.encode` where it takes a plain encoder. Chunks are filled
 by tokens, not rows, from texts sorted by length, so that little is padded. Random numbers are replayed, so that dropout
-makes the same embeddings in phases 1 and 3. All ranks make the same number of chunks (a rank with fewer texts repeats
-one with a zero gradient), and the last chunk alone may synchronize gradients. Cost: one forward pass more.
+makes the same embeddings in phases 1 and 3. The last chunk of phase 1 keeps its graph and comes first in phase 3, which
+saves its second forward pass; one chunk alone is computed once. All ranks make the same number of chunks (a rank with
+fewer texts repeats one with a zero gradient), and the last chunk alone may synchronize gradients. Cost: one forward
+pass more, less that of a chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -58,11 +60,19 @@ class GradientCache:
     """One step's cache.
 
     embed: features to embeddings [n, D], through the model that is trained. chunk_tokens: budget of a chunk. world:
-    ranks that take part; with more than one, every rank must call `encode` and `backward`.
+    ranks that take part; with more than one, every rank must call `encode` and `backward`. hold: a context for a
+    forward pass whose backward pass synchronizes gradients (True) or not (False), as DDP wants to know it beforehand;
+    None: no graph is kept in phase 1.
     """
 
-    def __init__(self, embed: Callable[[list[Feature]], Tensor], chunk_tokens: int, world: int = 1) -> None:
-        self._embed, self._chunk_tokens, self._world = embed, chunk_tokens, world
+    def __init__(
+        self,
+        embed: Callable[[list[Feature]], Tensor],
+        chunk_tokens: int,
+        world: int = 1,
+        hold: Callable[[bool], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        self._embed, self._chunk_tokens, self._world, self._hold = embed, chunk_tokens, world, hold
 
     def encode(self, features: list[Feature]) -> Tensor:
         """Phase 1: embeddings [n, D] in the order of `features`, a leaf that takes the loss's gradient."""
@@ -71,14 +81,20 @@ class GradientCache:
         self._chunks = split_to(chunks, self._most(len(chunks)))
         self._random: list[Any] = []
         leaf: Tensor | None = None
-        for chunk in self._chunks:
+        self._kept: Tensor | None = None
+        for number, chunk in enumerate(self._chunks):
             self._random.append(_random_state())
-            with torch.no_grad():
-                embeddings = self._embed([features[row] for row in chunk or [0]])
+            texts = [features[row] for row in chunk or [0]]
+            if self._hold is not None and number == len(self._chunks) - 1:
+                with self._hold(len(self._chunks) == 1):
+                    embeddings = self._kept = self._embed(texts)
+            else:
+                with torch.no_grad():
+                    embeddings = self._embed(texts)
             if leaf is None:
                 leaf = embeddings.new_zeros(len(features), embeddings.shape[1])
             if chunk:
-                leaf[torch.tensor(chunk, device=leaf.device)] = embeddings
+                leaf[torch.tensor(chunk, device=leaf.device)] = embeddings.detach()
         if leaf is None:
             raise ValueError("a gradient cache needs at least one text on every rank")
         self._leaf = leaf.requires_grad_()
@@ -92,17 +108,23 @@ class GradientCache:
         """
         gradient = self._leaf.grad
         assert gradient is not None, "back-propagate the loss first"
-        for number, chunk in enumerate(self._chunks):
+        order = list(range(len(self._chunks)))
+        if self._kept is not None:
+            order = [order[-1], *order[:-1]]
+        for place, number in enumerate(order):
+            chunk = self._chunks[number]
 
             def surrogate(chunk: list[int] = chunk, state: Any = self._random[number]) -> Tensor:
-                with _replayed(state):
-                    embeddings = self._embed([self._features[row] for row in chunk or [0]])
+                embeddings, self._kept = self._kept, None
+                if embeddings is None:
+                    with _replayed(state):
+                        embeddings = self._embed([self._features[row] for row in chunk or [0]])
                 if not chunk:
                     return embeddings.sum() * 0.0
                 wanted = gradient[torch.tensor(chunk, device=gradient.device)]
                 return (embeddings * wanted.to(embeddings.dtype)).sum()
 
-            backward(surrogate, number == len(self._chunks) - 1)
+            backward(surrogate, place == len(order) - 1)
 
     def _most(self, count: int) -> int:
         if self._world == 1:

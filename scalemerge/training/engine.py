@@ -11,8 +11,8 @@ rows only, is multiplied by the world size before backward.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -168,18 +168,23 @@ class Engine:
             optimizer = optimizer.optimizer
         return optimizer
 
-    def backward(self, make_loss: Callable[[], Tensor], last: bool) -> None:
-        """Back-propagate one part of a step; `last`: the part after which gradients are complete.
+    @contextmanager
+    def part(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of one part of a step; `last`: the part after which gradients are complete.
 
-        make_loss runs the model, inside whatever holds back the synchronization of gradients (DDP, ZeRO-1, FSDP2 do
-        it with the last part only; ZeRO-2 and 3 reduce every part into their shards).
+        DDP, ZeRO-1 and FSDP2 synchronize with the last part only; ZeRO-2 and 3 reduce every part into their shards.
         """
         if self.deepspeed:
             self.model.set_gradient_accumulation_boundary(last)
-            self.model.backward(make_loss())
+            yield
             return
         with nullcontext() if last else self.accelerator.no_sync(self.model):
-            self.accelerator.backward(make_loss())
+            yield
+
+    def backward(self, make_loss: Callable[[], Tensor], last: bool) -> None:
+        """Back-propagate one part of a step. make_loss runs the model, or uses what it gave within `part(last)`."""
+        with self.part(last):
+            (self.model if self.deepspeed else self.accelerator).backward(make_loss())
 
     def step(self) -> float:
         """Clip, update, clear. Returns the gradient's norm before clipping."""

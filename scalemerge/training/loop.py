@@ -234,7 +234,9 @@ class _Trainer:
             texts = [text for of_role in batch.roles.values() for text in of_role]
             self.chunk_tokens = find_chunk_tokens(engine, self._embed, texts)
             say(f"training {self.job.name}: chunk_tokens: auto found {self.chunk_tokens}")
-        cache = GradientCache(self._encode_chunk, self.chunk_tokens, engine.world)
+        cache = GradientCache(
+            self._encode_chunk, self.chunk_tokens, engine.world, hold=lambda alone: engine.part(last and alone)
+        )
         (loss,) = batch_losses([batch], cache.encode, rank=engine.rank)
         value = self._require_finite(loss, step, batch.task)
         (loss * scale).backward()  # to the cached embeddings only

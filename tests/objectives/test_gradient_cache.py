@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -85,12 +86,13 @@ LOSSES = [("infonce", None), ("infonce", (2, 0, 1, 3, 1, 0, 2)), ("cosent", None
 @pytest.mark.parametrize("loss, negatives", LOSSES)
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 7, 10**6])
 @pytest.mark.parametrize("scale", [1.0, 128.0])
-def test_the_plain_gradient(loss, negatives, chunk_tokens, scale) -> None:
+@pytest.mark.parametrize("hold", [None, lambda alone: nullcontext()])
+def test_the_plain_gradient(loss, negatives, chunk_tokens, scale, hold) -> None:
     batch = make_batch(loss, 7, negatives)
     plain, model = Table(), Table()
     (expected,) = batch_losses([batch], plain)
     (expected * scale).backward()
-    found = cached(model, batch, GradientCache(model, chunk_tokens), scale)
+    found = cached(model, batch, GradientCache(model, chunk_tokens, hold=hold), scale)
     assert found == pytest.approx(expected.item(), rel=1e-14)
     for name in ("table", "mix"):
         torch.testing.assert_close(getattr(model, name).grad, getattr(plain, name).grad, rtol=1e-11, atol=1e-14)
@@ -108,6 +110,23 @@ def test_ranks_with_fewer_texts_make_as_many_chunks(count, monkeypatch) -> None:
     torch.testing.assert_close(model.mix.grad, plain.mix.grad, rtol=1e-11, atol=1e-14)
 
 
+def test_the_kept_graph_saves_a_forward_pass(monkeypatch) -> None:
+    """Every chunk but the last of phase 1 is embedded twice; and `hold` is told whether it is the only one."""
+    for chunk_tokens, alone in ((5, False), (10**6, True)):
+        model, told = Table(), []
+
+        def hold(only: bool, told: list[bool] = told) -> nullcontext[None]:
+            told.append(only)
+            return nullcontext()
+
+        cache = GradientCache(model, chunk_tokens, hold=hold)
+        batch_losses([make_batch("infonce", 7)], cache.encode)[0].backward()
+        chunks = len(model.calls)
+        assert told == [alone] and (chunks == 1) == alone
+        cache.backward(lambda surrogate, last: surrogate().backward())
+        assert len(model.calls) == 2 * chunks - 1
+
+
 def test_the_last_chunk_alone_synchronizes() -> None:
     model = Table()
     cache = GradientCache(model, 5)
@@ -115,6 +134,16 @@ def test_the_last_chunk_alone_synchronizes() -> None:
     last: list[bool] = []
     cache.backward(lambda surrogate, final: (last.append(final), surrogate().backward())[0])
     assert len(last) > 3 and last == [False] * (len(last) - 1) + [True]
+
+
+def test_dropout_with_a_kept_graph_is_that_of_one_without() -> None:
+    gradients = []
+    for hold in (None, lambda alone: nullcontext()):
+        torch.manual_seed(3)
+        model = Table(dropout=0.5)
+        cached(model, make_batch("infonce", 7), GradientCache(model, 6, hold=hold))
+        gradients.append(model.mix.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
 
 
 def test_dropout_is_replayed_and_the_stream_goes_on() -> None:
