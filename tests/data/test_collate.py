@@ -70,3 +70,21 @@ def test_labels_that_differ_in_case_alone_are_two() -> None:
     made = rows("labelled_texts", text=list("ab"), label=["May", "may"])
     labels = collate(made, [0, 1], task("labelled_texts"), letters).targets["label"]
     assert labels[0] != labels[1]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_rank_tokenizes_its_share_alone(world: int) -> None:
+    """The same share as that of the whole batch, negatives and targets included, without the others' texts."""
+    made = rows("triplets", query=["a", "b", "c"], positive=["x", "y", "z"], negatives=[["1"], [], ["2", "3"]])
+    whole = collate(made, [2, 1, 0], task("triplets"), letters)
+    for rank in range(world):
+        share = collate(made, [2, 1, 0], task("triplets"), letters, rank=rank, world=world)
+        assert share == whole.share(rank, world)
+
+
+def test_matryoshka_dimensions_reach_the_batch() -> None:
+    made = rows("pairs", query=["a", "b"], positive=["x", "y"])
+    asked = task("pairs", loss={"name": "infonce", "matryoshka": [8, 4], "matryoshka_weights": [1.0, 0.5]})
+    assert collate(made, [0, 1], asked, letters).matryoshka == ((8, 1.0), (4, 0.5))
+    equal = task("pairs", loss={"name": "infonce", "matryoshka": [8, 4]})
+    assert collate(made, [0, 1], equal, letters).matryoshka == ((8, 1.0), (4, 1.0))
