@@ -17,6 +17,7 @@ import torch
 from scalemerge.checkpoints.atomic import write_json
 from scalemerge.encoder import Encoder
 from scalemerge.errors import InputError
+from scalemerge.progress import say
 from scalemerge.training.engine import Engine
 from scalemerge.training.state import save_weights
 
@@ -64,6 +65,7 @@ class BestWeights:
         """Put the kept weights file into a folder; they stay where they are too."""
         assert self.kept is not None
         if self.engine.rank == 0:
+            say(f"keeps the weights of step {self.kept['step']}, which scored {self.kept['score']:.4f}")
             source, target = self._folder(self.kept) / self.encoder.weights_file, folder / self.encoder.weights_file
             try:
                 os.link(source, target)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,9 @@ class _Trainer:
         self.cost = Cost(device=str(accelerator.device))
         self.chunk_tokens: int | None = None if settings.chunk_tokens == "auto" else settings.chunk_tokens
         self.validation = Validation(job, self.engine, encoder, self.flops)
-        dtype = getattr(torch, settings.save_dtype)
-        self.best = BestWeights(self.engine, encoder, self.work, dtype) if settings.keep == "best" else None
+        self.dtype = getattr(torch, settings.save_dtype)
+        keep_best = settings.keep == "best" and job.held
+        self.best = BestWeights(self.engine, encoder, self.work, self.dtype) if keep_best else None
         self.plan = job.plan()
         self.total = math.ceil(len(self.plan) / settings.accumulate)
 
@@ -151,6 +153,8 @@ class _Trainer:
         numbers = range(start * self.settings.accumulate, len(self.plan))
         meter = Meter(self.engine, self.settings, self.cost, name)
         with (
+            log or nullcontext(),
+            evaluations or nullcontext(),
             Feeder(self._make_batch, numbers, self.settings.prefetch) as feeder,
             Progress(f"training {name}", self.total, done=start) as progress,
         ):
@@ -175,9 +179,6 @@ class _Trainer:
                 if stopping:
                     say(f"training {name}: stopped by SIGTERM, saved at step {step + 1} of {self.total}")
                     raise Preempted
-        for file in (log, evaluations):
-            if file:
-                file.close()
         meter.close()
         self.cost.peak_bytes = peak_bytes(self.cost.device)
         self._finish()
@@ -338,16 +339,13 @@ class _Trainer:
 
     def _finish(self) -> None:
         """The model into its folder: weights streamed tensor by tensor through rank 0, and what describes them."""
-        engine, main = self.engine, self.engine.rank == 0
-        dtype = getattr(torch, self.settings.save_dtype)
+        engine, main, dtype = self.engine, self.engine.rank == 0, self.dtype
         streamed = self.folder.with_name(f"{self.folder.name}.weights")
         if main:
             shutil.rmtree(streamed, ignore_errors=True)
             self.encoder.save_description(streamed, dtype=dtype)
-        kept = {"step": self.total}
-        if self.best and self.best.kept:
-            kept = self.best.kept
-            say(f"training {self.job.name}: keeps the weights of step {kept['step']} of {self.total}")
+        kept = self.best.kept if self.best else {"step": self.total}
+        if self.best:
             self.best.place(streamed)
         else:
             save_weights(engine, self.encoder, streamed, dtype)

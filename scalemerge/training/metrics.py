@@ -20,11 +20,13 @@ from scalemerge.training.feeding import Feeder
 def check_trackers(names: list[str]) -> None:
     """Refuse trackers that Accelerate does not know or whose package is missing: it would leave them out silently."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
 
+    missing = {str(kind) for kind in LoggerType} - {str(kind) for kind in get_available_trackers()}
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise InputError(f"training.trackers: '{name}' is not one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
-        if name not in get_available_trackers():
+        if name in missing:
             raise InputError(f"training.trackers: '{name}' is not installed; pip install {name.replace('_', '-')}")
 
 
