@@ -2,12 +2,12 @@
 
     python benchmarks/training_engines.py --out runs/benchmarks/training_engines
 
-Each row is a launch of its own (`accelerate launch`; CPU processes over gloo with the *_cpu.yaml twins, or --gpu and the
-configurations without _cpu): engine x ranks x pairs in the global batch x chunk size; whole optimizer steps of a randomly
-initialized Qwen3- or BERT-shaped encoder on random token ids of mixed lengths. Peak memory is a rank's highest resident
-memory (GPU: allocated). Bytes on the wire are what a ring would send from one rank in a step, by the collectives that
-torch's profiler saw: 2(W-1)/W of an all-reduce, (W-1)/W of what an all-gather or a reduce-scatter puts together. CPU
-processes share two cores here: compare engines at one number of ranks, not numbers of ranks.
+Each row is a launch of its own (`accelerate launch`; CPU processes over gloo with the *_cpu.yaml twins, or --gpu and
+the configurations without _cpu): engine x ranks x pairs in the global batch x chunk size; whole optimizer steps of a
+randomly initialized Qwen3- or BERT-shaped encoder on random token ids of mixed lengths. Peak memory is a rank's highest
+resident memory (GPU: allocated). Bytes on the wire are what a ring would send from one rank in a step, by the
+collectives that torch's profiler saw: 2(W-1)/W of an all-reduce, (W-1)/W of what an all-gather or a reduce-scatter puts
+together. CPU processes share two cores here: compare engines at one number of ranks, not numbers of ranks.
 Output: training_engines.csv (one row a figure), .json and a Markdown table.
 """
 

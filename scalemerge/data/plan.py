@@ -12,13 +12,14 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from scalemerge.data.sampling import Batch, BatchCutter, batch_stream, cannot_fill
 from scalemerge.data.streams import Position, StreamedRows, pack_rows, restore_rows
-from scalemerge.data.tasks import TaskRows, rows_of
+from scalemerge.data.tasks import Fingerprints, RowIds, TaskRows
 
 REMEMBERED = 4096
 """How many batches behind the last one fetched a state can be had: more than are ever tokenized ahead."""
@@ -170,13 +171,16 @@ class _StreamBatches:
 
     def _open(self, window: _Window) -> None:
         """Read a window and cut it: the rows carried first, the new ones shuffled by seed and window number."""
+        from datasets import concatenate_datasets
+
         new, self._ends = self.rows.read(window.positions)
         table, count = new, 0
         if window.carried:
             carried = restore_rows(self.rows, window.carried)
             count = len(carried)
-            table = rows_of(self.rows.name, self.rows.kind, [carried.data, new.data])
-            table.ids = [*carried.ids, *new.ids]
+            data = concatenate_datasets([carried.data, new.data])
+            texts = Fingerprints(chain(carried.texts, new.texts))
+            table = TaskRows(self.rows.name, self.rows.kind, data, RowIds([*carried.ids, *new.ids]), texts)
         generator = random.Random(f"{self._seed}/{self.rows.name}/window/{window.number}")
         batches = BatchCutter(table, self._size, generator, *self._settings).cut(range(count), range(count, len(table)))
         self._window, self._table, self._batches = window, table, []

@@ -63,7 +63,7 @@ class BatchCutter:
     ) -> None:
         self.rows, self.size, self.generator = rows, size, generator
         self.samples_per_label, self.length_buckets = samples_per_label, length_buckets
-        self.labels = list(rows.data["label"]) if rows.kind == "labelled_texts" else None
+        self.labels = rows.data["label"][:] if rows.kind == "labelled_texts" else None
         self.lengths = rows.lengths() if length_buckets > 1 else None
 
     def cut(self, carried: Sequence[int], new: range) -> Generator[Batch, None, list[int]]:

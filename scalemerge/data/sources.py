@@ -267,11 +267,11 @@ def _retrieval_rows(folder: Path, split: str) -> Dataset:
         rows = open_table(str(path), Source(path=str(path)))
         if not {"_id", "text"} <= set(rows.column_names):
             raise InputError(f"{path}: needs the columns _id and text; found {', '.join(rows.column_names)}")
-        _check_texts(list(rows["text"]), range(len(rows)), "text", str(path))
-        titles = rows["title"] if "title" in rows.column_names else [""] * len(rows)
+        _check_texts(rows["text"][:], range(len(rows)), "text", str(path))
+        titles = rows["title"][:] if "title" in rows.column_names else [""] * len(rows)
         return {
             str(key): f"{title or ''} {text}".strip()
-            for key, title, text in zip(rows["_id"], titles, rows["text"], strict=True)
+            for key, title, text in zip(rows["_id"][:], titles, rows["text"][:], strict=True)
         }
 
     corpus = texts(table("corpus.jsonl"))
@@ -280,9 +280,9 @@ def _retrieval_rows(folder: Path, split: str) -> Dataset:
     qrels = open_table(str(qrels_path), Source(path=str(qrels_path)))
     if not {"query-id", "corpus-id", "score"} <= set(qrels.column_names):
         raise InputError(f"{qrels_path}: needs the header query-id, corpus-id, score; found {qrels.column_names}")
-    scores = _scores(list(qrels["score"]), range(len(qrels)), "score", str(qrels_path))
+    scores = _scores(qrels["score"][:], range(len(qrels)), "score", str(qrels_path))
     pairs: dict[str, list[str]] = {"query": [], "positive": []}
-    for query, document, score in zip(qrels["query-id"], qrels["corpus-id"], scores, strict=True):
+    for query, document, score in zip(qrels["query-id"][:], qrels["corpus-id"][:], scores, strict=True):
         if score > 0 and str(query) in queries and str(document) in corpus:
             pairs["query"].append(queries[str(query)])
             pairs["positive"].append(corpus[str(document)])
@@ -295,8 +295,8 @@ def canonical(rows: Dataset, source: Source, kind: str, where: str) -> Dataset:
     target = TARGETS.get(kind)
     if target:
         columns[target] = _column(rows, source, target, where)
-    table: dict[str, list[Any]] = {role: list(rows[column]) for role, column in columns.items()}
-    numbers = list(rows["row"])
+    table: dict[str, list[Any]] = {role: rows[column][:] for role, column in columns.items()}
+    numbers = rows["row"][:]
     for role in TEXT_ROLES[kind]:
         _check_texts(table[role], numbers, columns[role], where)
     if kind == "triplets":
@@ -356,11 +356,11 @@ def _negatives(rows: Dataset, source: Source, numbers: Sequence[int], where: str
     if numbered and "negatives" not in source.columns:
         column = "negative_*"
         given: list[Any] = [
-            [value for value in values if value] for values in zip(*(rows[name] for name in numbered), strict=True)
+            [value for value in values if value] for values in zip(*(rows[name][:] for name in numbered), strict=True)
         ]
     else:
         column = _column(rows, source, "negatives", where)
-        given = list(rows[column])
+        given = rows[column][:]
     for number, values in zip(numbers, given, strict=True):
         if values is not None and not isinstance(values, str | list):
             raise InputError(f"{where}: row {number}: '{column}' is {values!r}, not a list of texts; mend the row")

@@ -173,7 +173,7 @@ def rows_of(name: str, kind: str, parts: Sequence[Dataset], field: str = "source
     from datasets import concatenate_datasets
 
     data = concatenate_datasets(list(parts))
-    ids = RowIds([f"{field[0]}{number}:{row}" for number, part in enumerate(parts) for row in part["row"]])
+    ids = RowIds([f"{field[0]}{number}:{row}" for number, part in enumerate(parts) for row in part["row"][:]])
     return TaskRows(name, kind, data, ids, Fingerprints(_fingerprints(data, kind)))
 
 
@@ -186,10 +186,10 @@ def _fingerprints(data: Dataset, kind: str) -> Iterator[list[int]]:
 
 def check_rows(rows: TaskRows, task: Task) -> None:
     """Targets from which something can be learned, and a loss that takes the parameters given. Raises InputError."""
-    if rows.kind == "scored_pairs" and len(set(rows.data["score"])) < 2:
+    if rows.kind == "scored_pairs" and len(set(rows.data["score"][:])) < 2:
         raise InputError(f"tasks.{rows.name}: all scores are equal, so nothing can be ranked; give graded scores")
     if rows.kind == "labelled_texts":
-        labels: Any = rows.data["label"]
+        labels: Any = rows.data["label"][:]
         if len(set(labels)) < 2:
             raise InputError(f"tasks.{rows.name}: all rows have one label; give at least two")
     assert task.loss is not None

@@ -116,11 +116,12 @@ def test_weights_after_twenty_clipped_updates(ranks: Ranks) -> None:
 def test_states_move_between_engines(ranks: Ranks) -> None:
     """What one engine wrote is read by another to the bit, and the next update is the same."""
     for who, one in kinds(ranks).items():
-        # DeepSpeed's Adam for the CPU rounds the weight decay otherwise than torch's, by an ulp of a weight each update
+        # DeepSpeed's Adam for the CPU has 1 - beta2 in float32, 1.3e-5 too large, and rounds the weight decay otherwise
+        # than torch's, by an ulp of a weight each update
         allowed = 2e-6 if one["engine"] == "zero3_offload" else 1e-6
         for what, errors in one["states"].items():
             assert errors["names"] and errors["weight"] < allowed, (who, what, errors)
-            assert max(errors["exp_avg"], errors["exp_avg_sq"]) < REQUIRED, (who, what, errors)
+            assert max(errors["exp_avg"], errors["exp_avg_sq"]) < 10 * allowed, (who, what, errors)
             assert errors["same bits"] or not what.startswith("read"), (who, what, errors)
         required = {"read and written", "resumed from plain"}
         if one["engine"] != "plain":
