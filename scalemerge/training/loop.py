@@ -7,18 +7,16 @@ run that was killed and resumed ends with the same bits as one that was not.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scalemerge.checkpoints.atomic import RECORD, new_folder, open_log, read_json, require_writable, write_json
+from scalemerge.checkpoints.atomic import RECORD, new_folder, read_json, require_writable, write_json
 from scalemerge.data.collate import collate
 from scalemerge.encoder import Encoder, add_lora, local_folder
 from scalemerge.encoder.adapters import merge_adapter
@@ -34,7 +32,7 @@ from scalemerge.training.chunks import find_chunk_tokens
 from scalemerge.training.engine import Engine, make_accelerator
 from scalemerge.training.feeding import Feeder
 from scalemerge.training.job import Job
-from scalemerge.training.metrics import Meter, check_trackers
+from scalemerge.training.metrics import Meter, StepLog, check_trackers
 from scalemerge.training.state import full_shape, load_state, prime, restore_masters, save_state, save_weights
 from scalemerge.training.validation import Validation
 from scalemerge.training.watching import Heartbeats, StopRequest
@@ -101,7 +99,7 @@ def train(job: Job, folder: Path) -> Cost:
     require_writable(folder.parent)
     check_trackers(job.settings.trackers)
     accelerator = make_accelerator(job.settings, folder.with_name(f"{folder.name}.logs"))
-    with StopRequest() as stop, Heartbeats(accelerator.process_index, accelerator.num_processes):
+    with StopRequest() as stop, Heartbeats(accelerator.process_index, accelerator.num_processes, stop):
         cost = _Trainer(job, key, folder, accelerator, stop).run()
         accelerator.wait_for_everyone()
     accelerator.free_memory()
@@ -109,6 +107,8 @@ def train(job: Job, folder: Path) -> Cost:
 
 
 class _Trainer:
+    repeated = 0.0  # FLOPs of forward passes that the gradient cache makes again
+
     def __init__(self, job: Job, key: str, folder: Path, accelerator: Any, stop: StopRequest) -> None:
         self.job, self.key, self.folder, self.stop = job, key, folder, stop
         self.work = work_folder(folder)
@@ -146,15 +146,14 @@ class _Trainer:
     def run(self) -> Cost:
         start = self._resume()
         self.engine.model.train()
-        log = self._open_log("training.jsonl", start)
-        evaluations = self._open_log("evaluation.jsonl", start // (self.settings.evaluate_every or self.total))
+        main, evaluated = self.engine.rank == 0, start // (self.settings.evaluate_every or self.total)
         shown: dict[str, float] = {}
         name, every = self.job.name, self.settings.checkpoint_every
         numbers = range(start * self.settings.accumulate, len(self.plan))
         meter = Meter(self.engine, self.settings, self.cost, name)
         with (
-            log or nullcontext(),
-            evaluations or nullcontext(),
+            StepLog(self.work / "training.jsonl", start, main) as log,
+            StepLog(self.work / "evaluation.jsonl", evaluated, main) as evaluations,
             Feeder(self._make_batch, numbers, self.settings.prefetch) as feeder,
             Progress(f"training {name}", self.total, done=start) as progress,
         ):
@@ -163,12 +162,12 @@ class _Trainer:
                     parts = range(step * self.settings.accumulate, len(self.plan))[: self.settings.accumulate]
                     measured = self._step(step, [next(feeder) for _ in parts], parts)
                 asked, tokens = self.engine.sum(float(self.stop.asked), float(measured.pop("tokens")))
-                record = meter.record(step, measured, int(tokens))
-                _write_line(log, record)
+                record = meter.record(step, measured, int(tokens), self.repeated)
+                log.write(record)
                 if self.validation.due(step + 1, self.total):
                     evaluation = self.validation.run(step + 1, self.chunk_tokens, self.cost)
                     shown = {"score": evaluation["score"]}
-                    _write_line(evaluations, evaluation)
+                    evaluations.write(evaluation)
                     meter.send_evaluation(evaluation)
                     if self.best:
                         self.best.offer(evaluation)
@@ -260,10 +259,14 @@ class _Trainer:
         return self.engine.model(groups)[inverse]
 
     def _encode_chunk(self, features: list[Feature]) -> Tensor:
-        """A chunk of the gradient cache: one padded batch. Forward alone, then forward and backward: 4 in all."""
+        """A chunk of the gradient cache: one padded batch. Forward alone or forward and backward, which is three."""
         padded = self.encoder.pad(features)
         forward = self.flops.forward([padded["input_ids"].shape])
-        self.cost.flops += forward * (3 if torch.is_grad_enabled() else 1)
+        if torch.is_grad_enabled():
+            self.cost.flops += 3 * forward
+        else:
+            self.cost.flops += forward
+            self.repeated += forward
         return self.engine.model([padded])
 
     def _embed(self, features: list[Feature]) -> Tensor:
@@ -331,12 +334,6 @@ class _Trainer:
             return checkpoint, record
         return self.work, None
 
-    def _open_log(self, name: str, keep: int) -> Any:
-        if self.engine.rank != 0 or (name == "evaluation.jsonl" and not self.job.held):
-            return None
-        self.work.mkdir(parents=True, exist_ok=True)
-        return open_log(self.work / name, keep)
-
     def _finish(self) -> None:
         """The model into its folder: weights streamed tensor by tensor through rank 0, and what describes them."""
         engine, main, dtype = self.engine, self.engine.rank == 0, self.dtype
@@ -362,12 +359,6 @@ class _Trainer:
             shutil.rmtree(streamed, ignore_errors=True)
             shutil.rmtree(self.work, ignore_errors=True)
         engine.wait()
-
-
-def _write_line(log: Any, record: dict[str, Any]) -> None:
-    if log:  # on rank 0
-        log.write(json.dumps(record) + "\n")
-        log.flush()
 
 
 def merged_encoder(folder: Path, dtype: torch.dtype) -> Encoder:

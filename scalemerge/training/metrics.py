@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 
+from scalemerge.checkpoints.atomic import open_log
 from scalemerge.errors import InputError
 from scalemerge.recipe import Training
 from scalemerge.report.cost import Cost, peak_bytes
@@ -30,6 +33,35 @@ def check_trackers(names: list[str]) -> None:
             raise InputError(f"training.trackers: '{name}' is not installed; pip install {name.replace('_', '-')}")
 
 
+class StepLog:
+    """`with StepLog(path, keep, main) as log: log.write(record)`: a JSONL file that rank 0 alone (`main`) writes.
+
+    keep: the lines, of a file that is there, that a resumed run stands by. Without a record there is no file.
+    """
+
+    def __init__(self, path: Path, keep: int, main: bool) -> None:
+        self._path, self._keep, self._main = path, keep, main
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> StepLog:
+        if self._main and self._path.is_file():
+            self._file = open_log(self._path, self._keep)
+        return self
+
+    def write(self, record: dict[str, Any]) -> None:
+        if not self._main:
+            return
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open_log(self._path, self._keep)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
 class Meter:
     """Measures steps. `with meter.step(feeder): ...`, then `meter.record(...)` gives the line for the log.
 
@@ -39,7 +71,7 @@ class Meter:
 
     def __init__(self, engine: Engine, settings: Training, cost: Cost, name: str) -> None:
         self._engine, self._cost = engine, cost
-        self._useful = 0.75 if settings.chunk_tokens is not None else 1.0
+        self._repeated = 0.0
         device = torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu"
         self._peak = peak_flops(device, settings.precision)
         self._trackers = bool(settings.trackers)
@@ -57,9 +89,13 @@ class Meter:
         self._flops = self._cost.flops - flops
         self._cost.seconds += self._seconds
 
-    def record(self, step: int, measured: dict[str, Any], tokens: int) -> dict[str, Any]:
-        """The line of a step. tokens: of all ranks, without padding. Also sends it to the trackers."""
+    def record(self, step: int, measured: dict[str, Any], tokens: int, repeated: float = 0.0) -> dict[str, Any]:
+        """The line of a step, which also goes to the trackers.
+
+        tokens: of all ranks, without padding. repeated: FLOPs so far that were computed a second time.
+        """
         self._cost.tokens += tokens
+        useful, self._repeated = self._flops - (repeated - self._repeated), repeated
         record = {
             "step": step,
             **measured,
@@ -71,7 +107,7 @@ class Meter:
             "peak_bytes": peak_bytes(self._cost.device),
         }
         if self._peak:
-            record["mfu"] = round(self._useful * self._flops / max(self._seconds, 1e-9) / self._peak, 4)
+            record["mfu"] = round(useful / max(self._seconds, 1e-9) / self._peak, 4)
         values = {name: value for name, value in record.items() if isinstance(value, int | float)}
         self._send({**values, **{f"loss/{task}": value for task, value in record.get("losses", {}).items()}}, step)
         return record

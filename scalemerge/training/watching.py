@@ -51,12 +51,13 @@ class Heartbeats:
 
     When a collective fails inside the block, the error raised is a RankLost that names the rank that fell silent.
     When a rank has been silent for 45 s while this one still waits, this process prints that error and ends with
-    code 1: nothing else gets out of a collective that hangs. So it does, after 18 s, when the launcher that holds the
+    code 1: nothing else gets out of a collective that hangs. After SIGTERM 12 s are enough: a launcher sends it when a
+    rank has died, and 30 s later SIGKILL. So it does, after 18 s, when the launcher that holds the
     store is gone: nobody would end this process later, and one started in its place would write the same files.
     """
 
-    def __init__(self, rank: int, world: int) -> None:
-        self.rank, self.world = rank, world
+    def __init__(self, rank: int, world: int, stop: StopRequest | None = None) -> None:
+        self.rank, self.world, self._request = rank, world, stop
         self._seen: dict[int, tuple[int, float]] = {}
         self._names: dict[int, str] = {}
         self._finished: set[int] = set()
@@ -83,7 +84,8 @@ class Heartbeats:
             while not self._stop.wait(BEAT):
                 self._store.add(f"beat/{self.rank}", 1)
                 self._look()
-                if lost := self._silent(STALLED):
+                asked = self._request is not None and self._request.asked
+                if lost := self._silent(2 * SILENT if asked else STALLED):
                     self._die(self._say(lost))
         except Exception:  # the store is gone with the process that held it: the launcher of the first machine
             self._store = None

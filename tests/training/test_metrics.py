@@ -22,10 +22,15 @@ def lines(folder: Path, name: str = "training.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("chunk_tokens", [None, 10**6])
+@pytest.mark.parametrize(("chunk_tokens", "passes"), [(None, 3), (10**6, 3), (80, 3.75)])
 def test_the_fields_of_a_line(
-    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_tokens: int | None
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chunk_tokens: int | None,
+    passes: float,
 ) -> None:
+    """passes: forward passes' worth of FLOPs; chunks of four of 16 texts, the last one's graph is kept: 3 + 3/4."""
     peak = 1e9
     monkeypatch.setattr(metrics_module, "peak_flops", lambda device, precision: peak)
     recipe = make_recipe(
@@ -49,7 +54,7 @@ def test_the_fields_of_a_line(
         assert 0 <= line["waited_seconds"] <= line["step_seconds"]
         assert 10**7 < line["peak_bytes"] <= cost.peak_bytes
         assert line["seconds"] == pytest.approx(sum(each["step_seconds"] for each in found[:number]), abs=0.002)
-    assert cost.flops == 3 * (4 if chunk_tokens else 3) * forward
+    assert cost.flops == 3 * passes * forward
 
 
 def test_no_mfu_where_the_peak_is_not_known(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
