@@ -28,8 +28,8 @@ class BestWeights:
     All methods but the constructor are collective.
     """
 
-    def __init__(self, engine: Engine, encoder: Encoder, work: Path, dtype: torch.dtype) -> None:
-        self.engine, self.encoder, self.work, self.dtype = engine, encoder, work, dtype
+    def __init__(self, engine: Engine, encoder: Encoder, base: Path, work: Path, dtype: torch.dtype) -> None:
+        self.engine, self.encoder, self.base, self.work, self.dtype = engine, encoder, base, work, dtype
         self.kept: dict[str, Any] | None = None
         self._in_checkpoint: dict[str, Any] | None = None
 
@@ -41,7 +41,7 @@ class BestWeights:
         if self.engine.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        save_weights(self.engine, self.encoder, temporary, self.dtype)
+        save_weights(self.engine, self.encoder, self.base, temporary, self.dtype)
         if self.engine.rank == 0:
             write_json(temporary / "best.json", record)
             shutil.rmtree(final, ignore_errors=True)

@@ -113,6 +113,7 @@ class _Trainer:
         self.job, self.key, self.folder, self.stop = job, key, folder, stop
         self.work = work_folder(folder)
         self.settings = settings = job.settings
+        self.base = Path(local_folder(job.base.path))
         if settings.batch_size < accelerator.num_processes:
             raise InputError(
                 f"training.batch_size: {settings.batch_size} rows cannot be shared by "
@@ -130,7 +131,7 @@ class _Trainer:
         self.encoder = encoder
         optimizer = torch.optim.AdamW(_decay_groups(encoder, settings.weight_decay), lr=0.0)
         self.engine = Engine(accelerator, encoder, optimizer, settings.clip_norm)
-        rounded = [] if settings.lora else restore_masters(self.engine, Path(local_folder(job.base.path)))
+        rounded = [] if settings.lora else restore_masters(self.engine, self.base)
         if rounded:
             say(f"training {job.name}: {len(rounded)} weights start rounded to bfloat16, e.g. {rounded[0]}: the base's "
                 "files name them otherwise")  # fmt: skip
@@ -139,7 +140,7 @@ class _Trainer:
         self.validation = Validation(job, self.engine, encoder, self.flops)
         self.dtype = getattr(torch, settings.save_dtype)
         keep_best = settings.keep == "best" and job.held
-        self.best = BestWeights(self.engine, encoder, self.work, self.dtype) if keep_best else None
+        self.best = BestWeights(self.engine, encoder, self.base, self.work, self.dtype) if keep_best else None
         self.plan = job.plan()
         self.total = math.ceil(len(self.plan) / settings.accumulate)
 
@@ -345,7 +346,7 @@ class _Trainer:
         if self.best:
             self.best.place(streamed)
         else:
-            save_weights(engine, self.encoder, streamed, dtype)
+            save_weights(engine, self.encoder, self.base, streamed, dtype)
         if main:
             with new_folder(self.folder) as partial:
                 if self.settings.lora and self.settings.lora.save == "merged":

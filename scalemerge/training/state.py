@@ -218,10 +218,19 @@ def load_state(engine: Engine, folder: Path, updates: int) -> None:
             state["step"] = torch.full_like(step, updates) if isinstance(step, Tensor) else updates
 
 
-def save_weights(engine: Engine, encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:
-    """The weights file of a finished model: floating-point tensors in `dtype`, from their float32 masters."""
+def save_weights(engine: Engine, encoder: Encoder, base: Path, folder: Path, dtype: torch.dtype) -> None:
+    """The weights file of a finished model: floating-point tensors in `dtype`, from their float32 masters.
+
+    Frozen parameters are read from the base, as an engine may hold them rounded.
+    """
+    stored = Checkpoint(base) if (base / "config.json").is_file() else None
     entries: list[tuple[str, TensorSpec, Any]] = []
     for name, tensor in encoder.weights_to_save():
         kept = dtype if tensor.is_floating_point() else tensor.dtype
-        entries.append((name, TensorSpec(full_shape(tensor), kept), lambda t=tensor: full_weight(t)))
+        spec = TensorSpec(full_shape(tensor), kept)
+        frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        if stored and frozen and name in stored.specs and stored.specs[name].shape == spec.shape:
+            entries.append((name, spec, lambda n=name: stored.read(n)))
+        else:
+            entries.append((name, spec, lambda t=tensor: full_weight(t)))
     write_tensors(engine, folder / encoder.weights_file, entries)

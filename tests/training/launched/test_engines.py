@@ -4,6 +4,7 @@ and configurations that Accelerate would silently replace by another engine are 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,61 +71,75 @@ def test_other_architectures_under_zero3_load_in_sentence_transformers(
     same_weights(one, expert, 1e-5 if dtype == "float32" else 2e-3)  # bfloat16 rounds to 1/256
 
 
-REFUSED = {
-    "use_cpu": (
+REFUSED: dict[str, tuple[str, dict[str, str], dict[str, str], str]] = {  # file, lines of it, variables, message
+    "cpu": (
         "zero2_cpu.yaml",
-        {"use_cpu: false": "use_cpu: true"},
         {},
+        {"ACCELERATE_USE_CPU": "true"},
         "asks for DeepSpeed but ddp runs; set use_cpu: false",
     ),
     "fsdp2": ("fsdp2.yaml", {"num_processes: 8": "num_processes: 2"}, {}, "asks for FSDP but"),
-    "engine": ("zero2_cpu.yaml", {}, {"training.engine": "zero3"}, "zero3 was asked for but zero2 runs"),
-    "one process": (
-        "ddp_cpu.yaml",
-        {"MULTI_GPU": "MULTI_CPU"},
-        {"training.engine": "ddp"},
-        "ddp was asked for but plain runs",
-    ),
+    "engine": ("zero2_cpu.yaml", {}, {}, "zero3 was asked for but zero2 runs"),
+    "alone": ("ddp_cpu.yaml", {"num_processes: 2": "num_processes: 1"}, {}, "zero3 was asked for but plain runs"),
 }
 
 
-@pytest.mark.parametrize(
-    "case", ["use_cpu", *(pytest.param(name, marks=slow) for name in REFUSED if name != "use_cpu")]
-)
+@pytest.mark.parametrize("case", ["cpu", *(pytest.param(name, marks=slow) for name in REFUSED if name != "cpu")])
 def test_a_silent_fallback_is_refused_before_a_model_is_loaded(
     case: str, tiny_recipe: Callable[..., Path], tmp_path: Path, start: Callable[..., Any]
 ) -> None:
-    file, changes, settings, message = REFUSED[case]
-    text = (CONFIGS / file).read_text()
-    for old, new in changes.items():
-        assert old in text
-        lines = text.splitlines(keepends=True)
-        text = "".join(line if line.startswith("#") else line.replace(old, new) for line in lines)
-    config = tmp_path / file
-    config.write_text(text)
-    recipe = tiny_recipe(**settings)
-    run = start(recipe, tmp_path / "out", config)
+    file, changes, variables, message = REFUSED[case]
+    recipe = tiny_recipe(**({"training.engine": "zero3"} if "zero3" in message else {}))
+    run = start(recipe, tmp_path / "out", changed_config(file, changes, tmp_path), environment=variables)
     run.wait()
-    assert run.errors, run.output[-3000:]
-    assert all(message in error for error in run.errors), run.errors
-    assert "exitcode  : 2" in run.output or run.process.returncode == 2, run.output[-3000:]
-    assert not list((tmp_path / "out").rglob("*.work")) and "resumed" not in run.output
+    assert run.errors and all(message in error for error in run.errors), run.output[-3000:]
+    assert re.search(r"exitcode +: 2", run.output) or run.process.returncode == 2, run.output[-3000:]
+    assert not list((tmp_path / "out").rglob("*.work"))
+
+
+def changed_config(file: str, changes: dict[str, str], folder: Path) -> Path:
+    lines = (CONFIGS / file).read_text().splitlines()
+    for old, new in changes.items():
+        assert old in lines
+        lines[lines.index(old)] = new
+    (folder / file).write_text("\n".join(lines) + "\n")
+    return folder / file
+
+
+@slow
+def test_use_cpu_in_the_file_never_trains_by_another_engine(
+    tiny_recipe: Callable[..., Path], tmp_path: Path, start: Callable[..., Any]
+) -> None:
+    """The launcher of Accelerate 1.15 leaves it out where the file asks for DeepSpeed; others may hand it on."""
+    config = changed_config("zero2_cpu.yaml", {"use_cpu: false": "use_cpu: true"}, tmp_path)
+    run = start(tiny_recipe(), tmp_path / "out", config)
+    if run.wait() == 0:
+        record = json.loads((tmp_path / "out" / "experts" / "search" / "scalemerge.json").read_text())
+        assert record["engine"] == "zero2"
+    else:
+        assert run.errors and all("set use_cpu: false" in error for error in run.errors), run.output[-3000:]
 
 
 LOAD = """
-import json, os, sys
+import json, sys, threading, time
 from pathlib import Path
 from scalemerge.recipe import Base, Training
 from scalemerge.training.engine import make_accelerator
 from scalemerge.training.loop import load_encoder
 accelerator = make_accelerator(Training())
-def bytes_now(what):
-    line = next(line for line in open("/proc/self/status") if line.startswith(what))
+load_encoder(Base(path=sys.argv[3], max_length=32))  # what libraries need once is not counted
+def own():  # memory of this process alone: pages of the mapped file belong to the system, which may drop them
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
-before = bytes_now("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
+before, seen, done = own(), [], threading.Event()
+def sample():
+    while not done.wait(0.002):
+        seen.append(own())
+sampler = threading.Thread(target=sample)
+sampler.start()
 encoder = load_encoder(Base(path=sys.argv[1], max_length=32))
-found = {"peak": bytes_now("VmHWM") - before, "after": bytes_now("VmRSS") - before,
+done.set(); sampler.join()
+found = {"peak": max(seen) - before, "after": own() - before,
          "whole": sum(getattr(p, "ds_numel", p.numel()) for p in encoder.parameters()) * 4}
 Path(sys.argv[2], f"{accelerator.process_index}.json").write_text(json.dumps(found))
 accelerator.wait_for_everyone()
@@ -132,27 +147,20 @@ accelerator.wait_for_everyone()
 
 
 @slow
-def test_zero3_loads_shards(tmp_path: Path, tiny_model: Callable[..., Path], environment: dict[str, str]) -> None:
-    """A base of 60 million parameters: no rank but the first, which reads the file, ever holds it whole."""
-    base = tiny_model(tmp_path / "base", "bert", vocab_size=40000, hidden_size=768, intermediate_size=3072,
-                      num_hidden_layers=4, num_attention_heads=12)  # fmt: skip
+def test_zero3_loads_shards(
+    tmp_path: Path, tiny_model: Callable[..., Path], tiny_folders: Callable[[str], Path], environment: dict[str, str]
+) -> None:
+    """A base of 60 million parameters of 2 million each at most: no rank holds it whole, at any time."""
+    base = tiny_model(tmp_path / "base", "bert", vocab_size=5000, hidden_size=768, intermediate_size=3072,
+                      num_hidden_layers=8, num_attention_heads=12)  # fmt: skip
     (tmp_path / "load.py").write_text(LOAD)
-    shares: dict[str, list[dict[str, float]]] = {}
-    for engine in ("ddp", "zero3"):
-        (tmp_path / engine).mkdir()
-        launcher = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            str(CONFIGS / f"{engine}_cpu.yaml"),
-        ]
-        launcher += ["--main_process_port", "0", str(tmp_path / "load.py"), str(base), str(tmp_path / engine)]
-        done = subprocess.run(launcher, capture_output=True, text=True, env=environment, timeout=400)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found = [json.loads((tmp_path / engine / f"{rank}.json").read_text()) for rank in range(2)]
-        shares[engine] = [{key: each[key] / each["whole"] for key in ("peak", "after")} for each in found]
-        print(engine, [{key: f"{value / 1e6:.0f} MB" for key, value in each.items()} for each in found])
-    assert min(each["after"] for each in shares["ddp"]) > 0.9
-    assert all(each["after"] < 0.75 for each in shares["zero3"])
-    assert shares["zero3"][1]["peak"] < 0.9, "the second rank never held a whole copy"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "zero3_cpu.yaml")]
+    launcher += ["--main_process_port", "0", str(tmp_path / "load.py")]
+    variables = {**environment, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system
+    arguments = [*launcher, str(base), str(tmp_path), str(tiny_folders("bert"))]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=variables, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        print(f"rank {rank}:", {key: f"{value / 1e6:.0f} MB" for key, value in found.items()})
+        assert 0.4 < found["after"] / found["whole"] < 0.65 and found["peak"] / found["whole"] < 0.85
