@@ -393,9 +393,9 @@ def test_best_weights_that_are_gone_are_named(
 def test_two_ranks_find_the_same_figures(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, chunk_tokens: int | None
 ) -> None:
-    """21 rows in batches of 5 or 6, and of 1 where a rank has none; the rate is too small to tell the models apart."""
+    """21 rows in batches of two and one of one, of which a rank has none; the rate is too small to move the model."""
     recipe = make_recipe(
-        evaluation_rows=21, max_steps=1, learning_rate=1e-7, keep="best", chunk_tokens=chunk_tokens, batch_size=6
+        evaluation_rows=21, max_steps=1, learning_rate=1e-7, keep="best", chunk_tokens=chunk_tokens, batch_size=2
     )
     training_loop.train(joint_job(recipe, load_tasks(recipe), "all"), tmp_path / "one")
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
