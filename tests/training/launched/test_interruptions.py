@@ -128,6 +128,40 @@ def test_ten_random_kills_change_no_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("writing", ["search.weights", "search.partial", "search.work/partial-*"])
+def test_killed_while_a_folder_is_written(
+    writing: str,
+    recipe: Path,
+    tmp_path: Path,
+    outs: dict[str, Path],
+    start: Callable[..., Any],
+    finish: Callable[..., Path],
+    records: Any,
+    same_weights: Callable[..., None],
+    only_whole_folders: Callable[[Path], None],
+) -> None:
+    """Aimed at the moments that random kills rarely meet: the expert's, and a checkpoint's."""
+    caught = 0
+    for milliseconds in (0, 0, 0, 4, 8, 16):
+        run = start(recipe, tmp_path, None)
+        while not list((tmp_path / "experts").glob(writing)) and run.process.poll() is None:
+            time.sleep(0.0005)
+        time.sleep(milliseconds / 1000)
+        run.kill()
+        caught += bool(list((tmp_path / "experts").glob(writing)))
+        only_whole_folders(tmp_path)
+        if (tmp_path / "experts" / "search").exists():
+            break
+    assert caught, "no kill met the writing"
+    whole = outs["plain"] / "experts" / "search"
+    whole = whole if whole.exists() else finish(recipe, outs["plain"], None)
+    again = finish(recipe, tmp_path, None)
+    assert compared(again, records) == compared(whole, records)
+    same_weights(again, whole)
+    assert [path.name for path in again.parent.iterdir()] == ["search"], "nothing is left lying about"
+
+
+@pytest.mark.slow
 def test_a_hung_rank_is_named(recipe: Path, tmp_path: Path, start: Callable[..., Any]) -> None:
     run = start(recipe, tmp_path, "zero2")
     run.wait_for_step(3)
