@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,23 @@ def test_package_references(refused) -> None:
     assert package_folder("package:scalemerge/data").name == "data"
 
 
-def test_local_folder_leaves_hub_ids_alone(tiny_folders) -> None:
-    assert local_folder("intfloat/e5-base") == "intfloat/e5-base"
-    assert local_folder(tiny_folders("bert")) == str(tiny_folders("bert"))
+def test_a_hub_id_is_the_folder_of_its_snapshot(
+    tiny_folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder in the hub's cache is read like any other, with what it says of pooling; an unreachable one is named."""
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def snapshot(name: str, **_: object) -> str:
+        asked.append(name)
+        if name != "intfloat/e5-base":
+            raise OSError("no connection\nand more")
+        return str(tiny_folders("bert"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert local_folder("intfloat/e5-base") == str(tiny_folders("bert"))
+    assert local_folder(tiny_folders("bert")) == str(tiny_folders("bert")) and asked == ["intfloat/e5-base"]
     assert re.search("gt_all", local_folder("package:scalemerge/data")) is None
+    with pytest.raises(InputError, match=r"^someone/else: is no folder and no reachable hub model \(no connection\)$"):
+        local_folder("someone/else")
