@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from scalemerge.errors import InputError
 
@@ -41,18 +41,27 @@ def require_writable(folder: Path) -> None:
         raise explain_os_error(error, folder) from None
 
 
-def write_text(path: Path, text: str) -> None:
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name only when the block ends without an error. Raises InputError when the disk
+    refuses."""
     temporary = path.with_name(f"{path.name}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        remove_quietly(temporary)
         raise explain_os_error(error, path) from None
+    finally:
+        remove_quietly(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    with new_file(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def remove_quietly(path: Path) -> None:

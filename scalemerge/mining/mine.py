@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from scalemerge.checkpoints.atomic import PARTIAL, explain_os_error, remove_quietly, require_writable
+from scalemerge.checkpoints.atomic import PARTIAL, new_file, require_writable
 from scalemerge.checkpoints.revision import model_revision
 from scalemerge.errors import InputError
 from scalemerge.mining.embeddings import TextEncoder, embed, remove_shards
@@ -236,20 +235,12 @@ def _check_out(out: Path) -> None:
 @contextmanager
 def _whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A file, gzip'd where its name ends so, that appears under its name when the block ends without an error."""
-    temporary = path.with_name(f"{path.name}{PARTIAL}")
-    try:
-        with open(temporary, "wb") as plain:
-            if path.suffix == ".gz":
-                with gzip.GzipFile("", "wb", fileobj=plain, mtime=0) as packed:
-                    yield packed  # type: ignore[misc]
-            else:
-                yield plain
-            plain.flush()
-            os.fsync(plain.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        remove_quietly(temporary)
-        raise explain_os_error(error, path) from None
+    with new_file(path) as plain:
+        if path.suffix == ".gz":
+            with gzip.GzipFile("", "wb", fileobj=plain, mtime=0) as packed:
+                yield packed  # type: ignore[misc]
+        else:
+            yield plain
 
 
 def mine_files(

@@ -68,13 +68,18 @@ def _full_moment(engine: Engine, parameter: nn.Parameter, key: str) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def _set_weight(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
-    with torch.no_grad(), gathered(parameter, modifier=0):
-        if hasattr(parameter, "device_mesh"):
-            from torch.distributed.tensor import distribute_tensor
+def _placed_like(own: Any, value: Tensor) -> Tensor:
+    """A whole tensor, sharded as `own` is where that is a DTensor (FSDP2)."""
+    if not hasattr(own, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
 
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined, arg-type]
-        parameter.copy_(value.to(parameter.dtype))
+    return distribute_tensor(value, own.device_mesh, own.placements)
+
+
+def _set_weight(parameter: nn.Parameter, value: Tensor) -> None:
+    with torch.no_grad(), gathered(parameter, modifier=0):
+        parameter.copy_(_placed_like(parameter, value).to(parameter.dtype))
     _set_shard(parameter, value, None)
 
 
@@ -83,11 +88,7 @@ def _set_moment(engine: Engine, parameter: nn.Parameter, key: str, value: Tensor
         _set_shard(parameter, value, key)
         return
     own = engine.torch_optimizer.state[parameter][key]
-    if hasattr(own, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value, own.device_mesh, own.placements)
-    own.copy_(value)
+    own.copy_(_placed_like(own, value))
 
 
 def _set_shard(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
@@ -209,7 +210,7 @@ def load_state(engine: Engine, folder: Path, updates: int) -> None:
             if engine.world > 1:
                 dist.broadcast(value, 0)
             if key is None:
-                _set_weight(engine, parameter, value)
+                _set_weight(parameter, value)
             else:
                 _set_moment(engine, parameter, key, value)
     for state in engine.torch_optimizer.state.values():
