@@ -206,7 +206,12 @@ class Probe(_Section):
 class Positioning(_Section):
     """How the coefficients are learned. The last five: activations' precision; how W0 and the delta are summed ("split"
     keeps small deltas in bf16); what task vectors are held in; one in how many token rows the coefficients' gradients
-    are estimated from (1: exact); what of the activations is computed again in backward to save memory."""
+    are estimated from (1: exact); what of the activations is computed again in backward to save memory.
+
+    optimizer: adam takes a probe batch a step; lbfgs the whole probe set, so that it is deterministic and `steps` are
+    its iterations (learning_rate and patience are Adam's). chunk_tokens: a gradient cache in chunks of so many tokens.
+    sharding: on many ranks, whether each holds all task vectors or its share of their rows (auto: replicated where that
+    fits). shard_ranks: ranks that share one copy, others hold the next one (None: all)."""
 
     position: Literal["slerp", "multislerp", "linear"] = "slerp"
     granularity: Literal["global", "layer", "module"] = "global"
@@ -226,6 +231,10 @@ class Positioning(_Section):
     task_vectors: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
     sample_rows: int = Field(1, ge=1)
     recompute: Literal["none", "cheap", "all"] = "none"
+    optimizer: Literal["adam", "lbfgs"] = "adam"
+    chunk_tokens: int | None = Field(None, ge=1)
+    sharding: Literal["auto", "replicated", "sharded"] = "auto"
+    shard_ranks: int | None = Field(None, ge=1)
 
 
 class Merge(_Section):

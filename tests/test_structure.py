@@ -16,9 +16,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "scalemerge"
 FLOORS = [
-    {"errors", "progress", "kernels", "recipe", "encoder", "checkpoints", "objectives", "report"},
+    {"errors", "progress", "kernels", "recipe", "encoder", "checkpoints", "objectives", "report", "distributed"},
     {"task_vectors", "data", "merging"},
-    {"layers", "training", "evaluation", "mining"},
+    {"layers", "training", "evaluation", "mining", "planning"},
     {"positioning"},
     {"pipeline"},
     {"cli"},

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scalemerge.distributed.group import TIMEOUT_MINUTES, from_first_rank, launched_world
 from scalemerge.errors import InputError
 from scalemerge.recipe import Training
-
-TIMEOUT_MINUTES = 10
 
 
 def launched_with(variable: str) -> bool:
@@ -59,7 +58,7 @@ def make_accelerator(settings: Training, logs: Path | None = None) -> Any:
     on_cpu = not torch.cuda.is_available()
     sharded = deepspeed_launched() or fsdp_launched()
     handlers = []
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or sharded:
+    if launched_world() > 1 or sharded:
         timeout = timedelta(minutes=TIMEOUT_MINUTES)
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else None, timeout=timeout))
     if deepspeed_launched():
@@ -126,7 +125,7 @@ def verify_launch(accelerator: Any, asked: str) -> str:
             f"training.engine: {asked} was asked for but {found} runs; start with "
             f"'accelerate launch --config_file accelerate_configs/{asked}.yaml -m scalemerge train ...'"
         )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launched_world()
     if accelerator.num_processes != world:
         raise InputError(
             f"accelerate configuration: {world} processes were started but the engine sees "
@@ -213,18 +212,7 @@ class Engine:
 
         Ranks may not see the same disk, or see it at different moments: what decides the course is read once.
         """
-        if self.world == 1:
-            return make()
-        box: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                box[0] = make()
-            except InputError as error:
-                box[1] = str(error)
-        torch.distributed.broadcast_object_list(box, 0)
-        if box[1] is not None:
-            raise InputError(box[1])
-        return box[0]
+        return from_first_rank(make, self.rank, self.world)
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()

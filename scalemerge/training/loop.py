@@ -35,7 +35,7 @@ from scalemerge.training.job import Job
 from scalemerge.training.metrics import Meter, StepLog, check_trackers
 from scalemerge.training.state import full_shape, load_state, prime, restore_masters, save_state, save_weights
 from scalemerge.training.validation import Validation
-from scalemerge.training.watching import Heartbeats, StopRequest
+from scalemerge.distributed.watching import Heartbeats, StopRequest
 
 
 class Preempted(SystemExit):

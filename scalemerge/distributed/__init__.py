@@ -1,0 +1,1 @@
+"""What runs over many ranks have in common: who takes part, and watching that all of them live."""
