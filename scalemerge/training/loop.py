@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from scalemerge.checkpoints.atomic import RECORD, new_folder, read_json, require_writable, write_json
 from scalemerge.data.collate import collate
+from scalemerge.distributed.watching import Heartbeats, StopRequest
 from scalemerge.encoder import Encoder, add_lora, local_folder
 from scalemerge.encoder.adapters import merge_adapter
 from scalemerge.encoder.loading import Quantization
@@ -35,7 +36,6 @@ from scalemerge.training.job import Job
 from scalemerge.training.metrics import Meter, StepLog, check_trackers
 from scalemerge.training.state import full_shape, load_state, prime, restore_masters, save_state, save_weights
 from scalemerge.training.validation import Validation
-from scalemerge.distributed.watching import Heartbeats, StopRequest
 
 
 class Preempted(SystemExit):
