@@ -124,7 +124,7 @@ def one_rank(options: argparse.Namespace) -> None:
     )
     if engine.rank == 0:
         tokens = sum(len(text["input_ids"]) for role in whole.roles.values() for text in role)
-        parameters = sum(p.numel() for p in backbone(options.shape, options.scale).parameters())
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in encoder.parameters())
         found = {"engine": engine.name, "parameters": parameters,
                  "seconds": statistics.median(seconds), "tokens_per_second": tokens / statistics.median(seconds),
                  "peak_bytes_rank_0": peak, "wire_bytes_step": wire}  # fmt: skip
