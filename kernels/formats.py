@@ -87,13 +87,13 @@ def quantize(task_vector: Tensor, bits: int, group_size: int = 64) -> Quantized:
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, not {group_size}")
     if task_vector.dim() != 2:
         raise ValueError(f"only matrices are quantized, not shape {list(task_vector.shape)}; keep it dense")
-    rows, columns = task_vector.shape
+    columns = task_vector.shape[1]
     limit = 127 if bits == 8 else 7
     padding = -columns % group_size
-    grouped = torch.nn.functional.pad(task_vector.float(), (0, padding)).view(rows, -1, group_size)
+    grouped = torch.nn.functional.pad(task_vector.float(), (0, padding)).unflatten(1, (-1, group_size))
     scales = (grouped.abs().amax(2) / limit).to(torch.bfloat16)
     divisor = scales.float().masked_fill(scales == 0, 1.0).unsqueeze(2)
-    values = (grouped / divisor).round().clamp(-limit, limit).view(rows, -1)[:, :columns].to(torch.int8)
+    values = (grouped / divisor).round().clamp(-limit, limit).flatten(1)[:, :columns].to(torch.int8)
     if bits == 4:
         even = torch.nn.functional.pad(values, (0, columns % 2)).to(torch.int16) + INT4_ZERO
         values = (even[:, 0::2] | (even[:, 1::2] << 4)).to(torch.uint8)

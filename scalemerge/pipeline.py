@@ -167,7 +167,7 @@ def position_key(run: Run, store: Any) -> str:
         "tasks": {
             name: task.model_dump(include={"kind", "loss", "prompts"}) for name, task in run.recipe.tasks.items()
         },
-        "settings": run.recipe.positioning.model_dump(exclude={"checkpoint_every"}),
+        "settings": run.recipe.positioning.model_dump(exclude={"checkpoint_every", "sharding", "shard_ranks"}),
         "seed": run.recipe.seed,
         "base": run.recipe.base.model_dump(),
     }
@@ -175,33 +175,60 @@ def position_key(run: Run, store: Any) -> str:
 
 
 def position(run: Run) -> Cost:
-    """Learn the coefficients into DIR/position. Returns the cost of positioning alone."""
+    """Learn the coefficients into DIR/position. Returns the cost of positioning alone. Collective under a launcher."""
+    from scalemerge.distributed.group import Group
+    from scalemerge.distributed.watching import Heartbeats, StopRequest
+
+    group = Group.launched()
+    with StopRequest() as stop, Heartbeats(group.rank, group.world, stop):
+        return _position(run, group, stop)
+
+
+def _position(run: Run, group: Any, stop: Any) -> Cost:
+    from scalemerge.checkpoints.revision import content_key
     from scalemerge.data.probe import manifest
     from scalemerge.merging import read_coefficients
     from scalemerge.positioning import Search, build
+    from scalemerge.positioning.sharding import choose_sharding
     from scalemerge.training import load_encoder
 
-    store, folder = open_store(run, run.recipe.positioning.task_vectors), run.position_folder
-    key = position_key(run, store)
-    if (folder / "coefficients.json").is_file():
+    settings, folder = run.recipe.positioning, run.position_folder
+    described = content_key(run.recipe.model_dump(mode="json", exclude={"data"}))
+    group.agree("recipe", described, "start every rank with the same recipe and options")
+    store = open_store(run, settings.task_vectors)
+    key = group.from_first(lambda: position_key(run, store))
+
+    def learned_before() -> dict[str, Any] | None:
+        if not (folder / "coefficients.json").is_file():
+            require_writable(folder)
+            write_json(folder / "probe.json", manifest(run.data, run.recipe.probe))
+            return None
         if read_coefficients(folder / "coefficients.json").get("key") != key:
             raise InputError(
                 f"{folder / 'coefficients.json'}: was learned from other experts, probe rows or settings; delete "
                 f"{folder} or give another --out"
             )
-        return Cost.from_dict(read_json(folder / "cost.json"))
-    require_writable(folder)
-    write_json(folder / "probe.json", manifest(run.data, run.recipe.probe))
-    model = build(load_encoder(run.recipe.base).to(_device()), store, run.recipe.positioning)
+        return dict(read_json(folder / "cost.json"))
+
+    cost = group.from_first(learned_before)
+    if cost is not None:
+        return Cost.from_dict(cost)
+    sharding = choose_sharding(settings, store, group)
+    if group.world > 1:
+        say(f"positioning: {sharding} over {group.world} ranks")
+    encoder = load_encoder(run.recipe.base, empty=sharding == "sharded")
+    if sharding != "sharded":
+        encoder = encoder.to(group.device)
     search = Search(
-        model,
+        build(encoder, store, settings, group, sharded=sharding == "sharded"),
         run.recipe.tasks,
         {name: data.probe for name, data in run.data.items()},
         {name: data.validation for name, data in run.data.items()},
-        run.recipe.positioning,
+        settings,
         seed=run.recipe.seed,
         folder=folder,
         key=key,
+        stop=stop,
     )
     learned = search.run()
     say(

@@ -204,14 +204,16 @@ class Probe(_Section):
 
 
 class Positioning(_Section):
-    """How the coefficients are learned. The last five: activations' precision; how W0 and the delta are summed ("split"
-    keeps small deltas in bf16); what task vectors are held in; one in how many token rows the coefficients' gradients
-    are estimated from (1: exact); what of the activations is computed again in backward to save memory.
+    """How the coefficients are learned. precision and the four after it: activations' precision; how W0 and the delta
+    are summed ("split" keeps small deltas in bf16); what task vectors are held in; one in how many token rows the
+    coefficients' gradients are estimated from (1: exact); what of the activations is computed again in backward to save
+    memory.
 
     optimizer: adam takes a probe batch a step; lbfgs the whole probe set, so that it is deterministic and `steps` are
     its iterations (learning_rate and patience are Adam's). chunk_tokens: a gradient cache in chunks of so many tokens.
     sharding: on many ranks, whether each holds all task vectors or its share of their rows (auto: replicated where that
-    fits). shard_ranks: ranks that share one copy, others hold the next one (None: all)."""
+    fits). shard_ranks: ranks that share one copy, others hold the next one (None: all). length_groups: padded groups in
+    a forward pass (None: 4, or 1 of a sharded model, as each group gathers the weights again)."""
 
     position: Literal["slerp", "multislerp", "linear"] = "slerp"
     granularity: Literal["global", "layer", "module"] = "global"
@@ -225,7 +227,7 @@ class Positioning(_Section):
     validate_every: int = Field(10, ge=1)
     patience: int = Field(5, ge=1)
     checkpoint_every: int = Field(10, ge=1)
-    length_groups: int = Field(4, ge=1)
+    length_groups: Annotated[int, Field(ge=1)] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     sums: Literal["merge", "split"] = "merge"
     task_vectors: Literal["float32", "bfloat16", "int8", "int4"] = "float32"

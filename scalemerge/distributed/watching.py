@@ -24,6 +24,13 @@ from scalemerge.errors import RankLost
 BEAT, SILENT, STALLED = 1.0, 6.0, 45.0
 
 
+class Preempted(SystemExit):
+    """The run was asked to stop, has saved, and ends with exit code 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
 class StopRequest:
     """`with StopRequest() as stop: ... if stop.asked: save and leave`: SIGTERM noted instead of obeyed at once."""
 

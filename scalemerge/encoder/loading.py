@@ -72,6 +72,31 @@ def load_backbone(
     return backbone if quantize != "none" else backbone.to(device)
 
 
+def empty_backbone(
+    folder: str, path: str | Path, *, attention: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The backbone of a folder without its weights: parameters on the meta device, buffers real, in float32.
+
+    Raises InputError for a folder that describes no model.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModel
+
+    check_attention(attention)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            backbone = AutoModel.from_config(
+                config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # transformers raises many types for one cause: the folder is no usable model
+        raise InputError(f"{path}: cannot load a model ({first_line(error)}); give a complete model folder") from error
+    freeze_unused(backbone)
+    if hasattr(backbone.config, "use_cache"):
+        backbone.config.use_cache = False
+    return backbone
+
+
 def quantization_config(quantize: Quantization) -> Any:
     """bitsandbytes' settings for a frozen base: nf4 as in QLoRA (Dettmers et al. 2023), or int8."""
     import importlib.util

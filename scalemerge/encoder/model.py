@@ -196,27 +196,34 @@ class Encoder(nn.Module):
         quantize: loading.Quantization = "none",
         trust_remote_code: bool = False,
         dtype: torch.dtype | None = torch.float32,
+        empty: bool = False,
     ) -> Encoder:
         """Load a sentence-transformers folder, a transformers folder, an adapter folder, or a hub id.
 
         What the folder says of pooling, prompts, normalization, length and direction holds unless an argument says
         otherwise; a folder that says nothing is pooled by `mean` and normalized. An adapter folder is loaded onto its
-        base, all of it frozen. quantize: nf4 or int8 through bitsandbytes, on a GPU. Raises InputError for folders that
+        base, all of it frozen. quantize: nf4 or int8 through bitsandbytes, on a GPU. empty: parameters stay on the meta
+        device, for a model whose weights never are in one place (not for adapters). Raises InputError for folders that
         are no model.
         """
         folder = local_folder(path)
         base = adapters.adapter_base(folder)
         described = read_modules(folder)
         tokenizer = loading.load_tokenizer(folder, path, trust_remote_code)
-        backbone = loading.load_backbone(
-            base or folder,
-            path,
-            dtype=dtype,
-            device=device,
-            attention=attention,
-            quantize=quantize,
-            trust_remote_code=trust_remote_code,
-        )
+        if empty and base is not None:
+            raise InputError(f"{path}: is an adapter; give the folder of a whole model")
+        if empty:
+            backbone = loading.empty_backbone(folder, path, attention=attention, trust_remote_code=trust_remote_code)
+        else:
+            backbone = loading.load_backbone(
+                base or folder,
+                path,
+                dtype=dtype,
+                device=device,
+                attention=attention,
+                quantize=quantize,
+                trust_remote_code=trust_remote_code,
+            )
         if bidirectional or described.get("bidirectional"):
             make_bidirectional(backbone)
         loading.pad_where_positions_allow(tokenizer, backbone)

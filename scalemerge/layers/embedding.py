@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalemerge.kernels.coefficient_grad import embedding_coefficient_grad
 from scalemerge.kernels.formats import accumulation_dtype, dequantize_into
@@ -85,7 +85,10 @@ class MergedEmbedding(MergedLayer):
             b, a = packed.b[flat], packed.a  # type: ignore[index]
             dtype = accumulation_dtype(y.dtype)
             y = y + ((b.to(dtype) * c[packed.low_rank].to(dtype)) @ a.to(dtype)).to(y.dtype)  # type: ignore[union-attr]
-        scale = getattr(self.original, "embed_scale", None)
-        if scale is not None:
-            y = y * torch.as_tensor(scale, dtype=y.dtype, device=y.device)
-        return y.view(*ids.shape, y.shape[-1])
+        return scaled(y, self.original).view(*ids.shape, y.shape[-1])
+
+
+def scaled(y: Tensor, original: nn.Module) -> Tensor:
+    """Embeddings times the `embed_scale` of the module that they stand for, where it has one."""
+    scale = getattr(original, "embed_scale", None)
+    return y if scale is None else y * torch.as_tensor(scale, dtype=y.dtype, device=y.device)

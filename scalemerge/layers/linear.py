@@ -67,18 +67,8 @@ class _MergedProduct(MergedLayer):
             settings.chunk(device),
         )
         if packed.low_rank is not None:
-            y = y + self._low_rank(flat, packed, c[packed.low_rank])
+            y = y + low_rank_product(flat, packed, c[packed.low_rank], self.along_rows)
         return y.view(*x.shape[:-1], y.shape[-1])
-
-    def _low_rank(self, x: Tensor, packed: Packed, c: Tensor) -> Tensor:
-        """Sum of c_i x T_i' over the low-rank experts. c: [R], or [R, N] by row."""
-        a, b = packed.a.to(x.dtype), packed.b.to(x.dtype)  # type: ignore[union-attr]
-        if not self.along_rows:
-            a, b = b.T, a.T
-        hidden = F.linear(x, a)
-        if c.dim() == 2:
-            return F.linear(hidden, (b * c.T).to(x.dtype))
-        return F.linear((hidden * c).to(x.dtype), b)
 
 
 class MergedLinear(_MergedProduct):
@@ -89,3 +79,14 @@ class MergedConv1D(_MergedProduct):
     """y = x W(c) + b(c) in place of transformers' Conv1D (GPT-2), whose weight lies [inputs, outputs]."""
 
     along_rows = False
+
+
+def low_rank_product(x: Tensor, packed: Packed, c: Tensor, along_rows: bool = True) -> Tensor:
+    """Sum of c_i x T_i' over the low-rank experts. c: [R], or [R, N] by row."""
+    a, b = packed.a.to(x.dtype), packed.b.to(x.dtype)  # type: ignore[union-attr]
+    if not along_rows:
+        a, b = b.T, a.T
+    hidden = F.linear(x, a)
+    if c.dim() == 2:
+        return F.linear(hidden, (b * c.T).to(x.dtype))
+    return F.linear((hidden * c).to(x.dtype), b)

@@ -16,13 +16,21 @@ from torch import Tensor
 from scalemerge.task_vectors.store import TaskVectorStore
 
 
-def gram_matrices(store: TaskVectorStore, *, progress: Callable[[int], None] | None = None) -> dict[str, Tensor]:
-    """The Gram matrix [E, E] float64 of each tensor. progress is called with bytes read."""
+def gram_matrices(
+    store: TaskVectorStore, *, progress: Callable[[int], None] | None = None, part: tuple[int, int] = (0, 1)
+) -> dict[str, Tensor]:
+    """The Gram matrix [E, E] float64 of each tensor. progress is called with bytes read.
+
+    part: (i, n) reads every n-th block of rows from the i-th on; the sum over all i is the whole.
+    """
     grams: dict[str, Tensor] = {}
-    count = len(store.experts)
+    count, block = len(store.experts), 0
     for name in store.names:
         gram = torch.zeros(count, count, dtype=torch.float64)
         for start, stop in store.row_blocks(name):
+            block += 1
+            if block % part[1] != part[0]:
+                continue
             rows = torch.stack([store.task_vector(i, name, start, stop).flatten() for i in range(count)]).double()
             gram += rows @ rows.T
             if progress:

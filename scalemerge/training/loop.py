@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from scalemerge.checkpoints.atomic import RECORD, new_folder, read_json, require_writable, write_json
 from scalemerge.data.collate import collate
-from scalemerge.distributed.watching import Heartbeats, StopRequest
+from scalemerge.distributed.watching import Heartbeats, Preempted, StopRequest
 from scalemerge.encoder import Encoder, add_lora, local_folder
 from scalemerge.encoder.adapters import merge_adapter
 from scalemerge.encoder.loading import Quantization
@@ -36,13 +36,6 @@ from scalemerge.training.job import Job
 from scalemerge.training.metrics import Meter, StepLog, check_trackers
 from scalemerge.training.state import full_shape, load_state, prime, restore_masters, save_state, save_weights
 from scalemerge.training.validation import Validation
-
-
-class Preempted(SystemExit):
-    """The run was asked to stop, has saved, and ends with exit code 0."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
 
 
 def learning_rate(settings: Training, step: int, total: int) -> float:
@@ -72,7 +65,7 @@ def work_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.work")
 
 
-def load_encoder(base: Base, *, quantize: Quantization = "none") -> Encoder:
+def load_encoder(base: Base, *, quantize: Quantization = "none", empty: bool = False) -> Encoder:
     return Encoder.load(
         base.path,
         pooling=base.pooling,
@@ -83,6 +76,7 @@ def load_encoder(base: Base, *, quantize: Quantization = "none") -> Encoder:
         bidirectional=base.bidirectional,
         pool_prompt=base.pool_prompt,
         quantize=quantize,
+        empty=empty,
     )
 
 

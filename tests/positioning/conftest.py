@@ -83,6 +83,12 @@ def make_pairs(task: str, count: int, seed: int) -> dict[str, list[str]]:
     return {"query": query, "positive": positive}
 
 
+@pytest.fixture(scope="session")
+def pairs() -> Callable[[int, int], dict[str, dict[str, list[str]]]]:
+    """`pairs(seed, count)`: columns of both tasks' rows."""
+    return lambda seed, count: {task: make_pairs(task, count, seed + i) for i, task in enumerate(EXPERTS)}
+
+
 def make_rows(task: str, count: int, seed: int) -> Any:
     from datasets import Dataset
 

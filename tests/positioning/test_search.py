@@ -80,7 +80,9 @@ def test_keeps_the_best_by_validation(make_search, monkeypatch) -> None:
     """Validation says: better at steps 2 and 4, worse from then on. What step 4 left is what is written."""
     search = make_search(steps=10, validate_every=2)
     scripted = iter([1.0, 0.9, 0.8, 0.85, 0.95, 0.99])
-    monkeypatch.setattr(search, "validation_losses", lambda c=None: dict.fromkeys(search.tasks, next(scripted)))
+    monkeypatch.setattr(
+        search.objective, "validation_losses", lambda c=None: dict.fromkeys(search.objective.tasks, next(scripted))
+    )
     result = search.run()
     assert result["best_step"] == 4 and result["steps"] == 10
     assert result["validation"] == {"start": 1.0, "best": 0.8}
@@ -151,7 +153,7 @@ def test_losses_are_divided_by_those_of_the_own_expert(make_search, problem) -> 
     for number, task in enumerate(problem["experts"]):
         c = torch.zeros(1, 2)
         c[0, number] = 1.0
-        assert result["loss_scales"][task] == pytest.approx(search.validation_losses(c)[task], rel=1e-6)
+        assert result["loss_scales"][task] == pytest.approx(search.objective.validation_losses(c)[task], rel=1e-6)
     none = make_search("none", normalize_losses="none", steps=2).run()
     assert none["loss_scales"] == dict.fromkeys(problem["experts"], 1.0)
 
@@ -171,7 +173,7 @@ def test_an_expert_at_c_1_is_that_expert(make_search, problem) -> None:
 
 def test_a_loss_that_is_no_number_stops_the_search(make_search, monkeypatch) -> None:
     search = make_search()
-    monkeypatch.setattr(search, "_objective", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(search.objective, "value", lambda *_: float("nan"))
     with pytest.raises(InputError, match=r"lower positioning\.learning_rate"):
         search.run()
 
