@@ -44,25 +44,30 @@ SHAPES = {  # vocabulary, width, layers: BERT's
 
 
 class Wire:
-    """Counts the bytes of collectives by kind, where torch.distributed is called."""
+    """Counts the bytes of collectives by kind, where torch.distributed is called; by ours, and by FSDP2."""
+
+    KINDS = {  # function: kind, place and name of the tensor that counts
+        "all_gather_into_tensor": ("gathered", 0, "output_tensor"),
+        "all_gather_single": ("gathered", 0, "output"),
+        "reduce_scatter_tensor": ("scattered", 1, "input"),
+        "reduce_scatter_single": ("scattered", 1, "input"),
+        "all_reduce": ("reduced", 0, "tensor"),
+    }
 
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()
 
     def __enter__(self) -> Wire:
-        self._originals = {
-            name: getattr(dist, name) for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
-        }
+        self._originals = {name: getattr(dist, name) for name in self.KINDS if hasattr(dist, name)}
         for name, original in self._originals.items():
             setattr(dist, name, self._counting(name, original))
         return self
 
     def _counting(self, name: str, original: Any) -> Any:
+        kind, place, keyword = self.KINDS[name]
+
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = {"all_gather_into_tensor": "output_tensor", "reduce_scatter_tensor": "input"}
-            place = 1 if name == "reduce_scatter_tensor" else 0
-            tensor = kwargs.get(given.get(name, "tensor"), args[place] if len(args) > place else None)
-            self.bytes[name] += tensor.nbytes
+            self.bytes[kind] += (args[place] if len(args) > place else kwargs[keyword]).nbytes
             return original(*args, **kwargs)
 
         return call
@@ -88,8 +93,8 @@ def make_folders(folder: Path, shape: str, experts: int) -> tuple[Path, dict[str
     from transformers import BertConfig, BertModel
 
     vocabulary, width, layers = SHAPES[shape]
-    config = BertConfig(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
-                        intermediate_size=4 * width, dtype="bfloat16")  # fmt: skip
+    config = BertConfig(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, dtype="bfloat16",
+                        num_attention_heads=width // 64, intermediate_size=4 * width)  # fmt: skip
     torch.manual_seed(0)
     model = BertModel(config, add_pooling_layer=False).to(torch.bfloat16)
     base, found = folder / "base", {}
@@ -122,80 +127,219 @@ class NaiveMergedLinear(nn.Module):
         return nn.functional.linear(x, weight.to(x.dtype), self.bias.to(x.dtype))
 
 
-def one_rank(options: argparse.Namespace) -> None:
-    """What each launched process runs; rank 0 writes the figures."""
-    from scalemerge.distributed.group import Group
+def naive_step(folder: Path, store: Any, batch: Any, group: Any) -> tuple[nn.Module, Any]:
+    """The same encoder with E + 1 weights in every linear layer, sharded by fully_shard, and one step of it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    from scalemerge.encoder import Encoder
+    from scalemerge.encoder.loading import load_backbone
+    from scalemerge.objectives.batches import batch_losses
+
+    c = torch.full((len(store.experts),), 0.25, requires_grad=True)
+    backbone = load_backbone(str(folder), folder, dtype=torch.bfloat16)
+    mesh = init_device_mesh(group.device.type, (group.world,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for name, module in list(backbone.named_modules()):
+        if type(module) is nn.Linear and name.startswith("encoder"):
+            parent, _, own = name.rpartition(".")
+            merged = NaiveMergedLinear(module, store.held(f"{name}.weight"), lambda: c)
+            setattr(
+                backbone.get_submodule(parent),
+                own,
+                fully_shard(merged, mesh=mesh, mp_policy=policy, reshard_after_forward=True),
+            )
+    encoder = Encoder(backbone, _PadOnly(), pooling="mean").to(group.device)
+
+    def step() -> None:
+        def encode(features: Any) -> Tensor:
+            return encoder([encoder.pad(features)]).float()
+
+        batch_losses([batch], encode, rank=group.rank)[0].backward()
+        group.sum(c.grad)
+        c.grad = None
+
+    return backbone, step
+
+
+def sharded_step(folder: Path, store: Any, batch: Any, group: Any, options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from scalemerge.encoder import Encoder
     from scalemerge.encoder.loading import empty_backbone
-    from scalemerge.objectives.batches import TextBatch
     from scalemerge.positioning import build
     from scalemerge.positioning.objective import ProbeObjective
     from scalemerge.recipe import Positioning
+
+    settings = Positioning(position="linear", precision="bf16", task_vectors="bfloat16", recompute=options.recompute)
+    encoder = Encoder(empty_backbone(str(folder), folder), _PadOnly(), pooling="mean")
+    built = build(encoder, store, settings, group, sharded=True)
+    objective = ProbeObjective(built, {}, {}, {}, settings, 0)
+    return built, objective, lambda: objective.differentiate([[batch]], {"t": 1.0})
+
+
+def one_rank(options: argparse.Namespace) -> None:
+    """What each launched process runs; rank 0 writes the figures."""
+    from scalemerge.distributed.group import Group
+    from scalemerge.objectives.batches import TextBatch
     from scalemerge.task_vectors import TaskVectorStore
 
     torch.set_num_threads(1)
     group = Group.launched()
     folder = Path(options.folder)
-    experts = {f"e{number}": folder / f"e{number}" for number in range(options.experts_here)}
-    settings = Positioning(position="linear", precision="bf16", task_vectors="bfloat16", recompute=options.recompute)
+    experts = {f"e{number}": folder / f"e{number}" for number in range(options.own_experts)}
     generator = torch.Generator().manual_seed(1)
-    vocabulary = SHAPES[options.shape][0]
-    ids = torch.randint(0, vocabulary, (2, options.rows, options.length), generator=generator).tolist()
+    ids = torch.randint(0, SHAPES[options.shape][0], (2, options.rows, options.length), generator=generator).tolist()
     roles = {name: [{"input_ids": text} for text in of_role] for name, of_role in zip(("query", "positive"), ids)}
-    whole = TextBatch("t", "infonce", {}, roles, {})
-    sharded = options.way == "sharded" and group.world > 1
-    watch = LiveBytes()
-    found: dict[str, Any] = {}
-    with watch:
-        store = TaskVectorStore(folder / "base", experts)
-        store.form = "bfloat16"
-        if options.way == "naive":
-            model = naive_model(Encoder.load, folder / "base", store)
-        else:
-            backbone = empty_backbone(str(folder / "base"), folder / "base")
-            encoder = Encoder(backbone, _PadOnly(), pooling="mean")
-            if not sharded:
-                raise SystemExit("sharded needs two ranks")
-            built = build(encoder, store, settings, group, sharded=True)
-            objective = ProbeObjective(built, {}, {}, {}, settings, 0)
-            batch = whole.share(group.rank, group.world)
-            found["model_bytes"] = watch.live
-            found["loading_peak_bytes"] = watch.peak
-            objective.differentiate([[batch]], {"t": 1.0})  # warm: buffers are made
+    batch = TextBatch("t", "infonce", {}, roles, {}).share(group.rank, group.world)
+    found: dict[str, float] = {}
+    store = TaskVectorStore(folder / "base", experts, "bfloat16")
+    if options.way == "naive":
+        model, step = naive_step(folder / "base", store, batch, group)
+        step()
+        linear = [module for module in model.modules() if isinstance(module, NaiveMergedLinear)]
+        found["linear_numbers"] = sum(module.base.numel() for module in linear)
+    else:
+        watch = LiveBytes()
+        with watch:
+            built, _, step = sharded_step(folder / "base", store, batch, group, options)
+            found["loading_peak_bytes"], found["model_bytes"] = watch.peak, watch.live
+            step()  # the buffers are made
             watch.peak = watch.live
-            objective.differentiate([[batch]], {"t": 1.0})
-    found["peak_bytes"] = watch.peak
+            step()
+        found["peak_bytes"] = watch.peak
+        weights = [layer.sharded for layer in built.encoder.backbone.modules() if hasattr(layer, "sharded")]
+        linear = [
+            layer.sharded for layer in built.encoder.backbone.modules() if type(layer).__name__ == "ShardedLinear"
+        ]
+        found["linear_numbers"] = sum(weight.rows * weight.columns for weight in linear)
+        found["largest_layer"] = max(weight.rows * weight.columns for weight in linear)
+        found["own_bytes"] = sum(weight.nbytes for weight in weights)
+        found["whole_bytes"] = sum(weight.nbytes / max(1, len(weight.base)) * weight.rows for weight in weights)
+        saved: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            step()
+        found["activation_bytes"] = sum(saved.values())
     with Wire() as wire:
-        objective.differentiate([[batch]], {"t": 1.0})
+        step()
     seconds = []
     for _ in range(options.steps):
         group.wait()
         began = time.perf_counter()
-        objective.differentiate([[batch]], {"t": 1.0})
+        step()
         seconds.append(time.perf_counter() - began)
-    layers = [layer for layer in built.encoder.backbone.modules() if hasattr(layer, "sharded")]
-    linear = [layer.sharded for layer in layers if "Linear" in type(layer).__name__]
     found |= {
         "seconds": statistics.median(seconds),
-        "gathered_bytes": wire.bytes["all_gather_into_tensor"],
-        "scattered_bytes": wire.bytes["reduce_scatter_tensor"],
-        "reduced_bytes": wire.bytes["all_reduce"],
-        "linear_numbers": sum(weight.rows * weight.columns for weight in linear),
-        "largest_layer": max(weight.rows * weight.columns for weight in linear),
+        "gathered_bytes": wire.bytes["gathered"],
+        "scattered_bytes": wire.bytes["scattered"],
+        "reduced_bytes": wire.bytes["reduced"],
     }
     everyone = group.gather(found)
     if group.first:
-        found["peak_bytes"] = max(other["peak_bytes"] for other in everyone)
+        for name in ("peak_bytes", "loading_peak_bytes"):
+            if name in found:
+                found[name] = max(other[name] for other in everyone)
         Path(options.figures).write_text(json.dumps(found))
-    group.wait()
+    group.close()
 
 
-def naive_model(*_: Any) -> Any:
-    raise SystemExit("see naive_step")
+def launch(options: argparse.Namespace, folder: Path, world: int, experts: int, way: str) -> dict[str, float]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    figures = folder / "figures.json"
+    figures.unlink(missing_ok=True)
+    given = {"folder": folder, "figures": figures, "way": way, "own-experts": experts, "shape": options.shape,
+             "rows": options.rows, "length": options.length, "steps": options.steps,
+             "recompute": options.recompute}  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
+    chosen = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    command = [*launcher, "--master-port", str(port), __file__, "--rank", *chosen]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
+    if ended.returncode:
+        first = ended.stderr.find("Traceback")
+        raise SystemExit(f"{way}, {world} ranks, {experts} experts: {ended.stderr[first : first + 4000]}")
+    return dict(json.loads(figures.read_text()))
+
+
+def table(figures: list[dict[str, Any]]) -> str:
+    """Markdown: what was moved against the formula, and memory against the formula."""
+    lines = [
+        "| way | ranks | experts | s a step | gathered MB | / 2P bf16 | reduce-scattered MB | / P fp32 "
+        "| peak MB a rank | formula MB | peak / formula |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in figures:
+        p = row["linear_numbers"]
+        memory = " | | |"
+        if "peak_bytes" in row:
+            memory = (f" {row['peak_bytes'] / 1e6:,.0f} | {row['formula_bytes'] / 1e6:,.0f} "
+                      f"| {row['peak_bytes'] / row['formula_bytes']:.3f} |")  # fmt: skip
+        lines.append(
+            f"| {row['way']} | {row['ranks']} | {row['experts']} | {row['seconds']:.2f} "
+            f"| {row['gathered_bytes'] / 1e6:,.1f} | {row['gathered_bytes'] / (4 * p):.3f} "
+            f"| {row['scattered_bytes'] / 1e6:,.1f} | {row['scattered_bytes'] / (4 * p):.3f} |{memory}"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
     hide_this_folder()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--name", default="positioning_sharded")
+    parser.add_argument("--shape", choices=list(SHAPES), default="base")
+    parser.add_argument("--experts", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--ways", nargs="+", choices=["sharded", "naive"], default=["sharded", "naive"])
+    parser.add_argument("--rows", type=int, default=8, help="pairs of the whole batch")
+    parser.add_argument("--length", type=int, default=32, help="tokens of a text")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--recompute", choices=["none", "all"], default="none")
+    for hidden in ("--rank", "--folder", "--figures", "--way", "--own-experts"):
+        kind: dict[str, Any] = {"action": "store_true"} if hidden == "--rank" else {}
+        parser.add_argument(hidden, help=argparse.SUPPRESS, **kind)
+    options = parser.parse_args()
+    if options.rank:
+        options.own_experts = int(options.own_experts)
+        one_rank(options)
+        return
+    if options.out is None:
+        parser.error("--out is needed")
+    found = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_folders(folder, options.shape, max(options.experts))
+        for ranks in options.ranks:
+            for experts in options.experts:
+                for way in options.ways:
+                    row = {
+                        "way": way,
+                        "ranks": ranks,
+                        "experts": experts,
+                        **launch(options, folder, ranks, experts, way),
+                    }
+                    if way == "sharded":
+                        row["formula_bytes"] = (
+                            row["whole_bytes"] / ranks + 2 * 2 * row["largest_layer"] + row["activation_bytes"]
+                        )
+                    found.append(row)
+                    print(table(found[-1:]).splitlines()[-1], flush=True)
+    common = {"benchmark": options.name, "shape": options.shape, "rows": options.rows, "length": options.length,
+              "torch": torch.__version__, "date": datetime.date.today().isoformat()}  # fmt: skip
+    named = ("way", "ranks", "experts")
+    figures = [
+        {**common, **{name: row[name] for name in named}, "metric": metric, "value": value,
+         "unit": "s" if metric == "seconds" else "1" if metric in ("linear_numbers", "largest_layer") else "B"}
+        for row in found for metric, value in row.items() if metric not in named
+    ]  # fmt: skip
+    write_figures(options.out, options.name, figures, {key: str(value) for key, value in vars(options).items()})
+    (options.out / f"{options.name}.md").write_text(table(found) + "\n")
+    print(table(found))
 
 
 if __name__ == "__main__":

@@ -181,7 +181,9 @@ def position(run: Run) -> Cost:
 
     group = Group.launched()
     with StopRequest() as stop, Heartbeats(group.rank, group.world, stop):
-        return _position(run, group, stop)
+        cost = _position(run, group, stop)
+    group.close()
+    return cost
 
 
 def _position(run: Run, group: Any, stop: Any) -> Cost:

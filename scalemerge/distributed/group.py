@@ -44,11 +44,15 @@ def from_first_rank(make: Callable[[], Any], rank: int, world: int) -> Any:
 
 @dataclass(frozen=True)
 class Group:
-    """All processes of a launch. A single process needs no process group and makes no collective."""
+    """All processes of a launch. A single process needs no process group and makes no collective.
+
+    owned: whether the process group was made here, and is to be closed here.
+    """
 
     rank: int
     world: int
     device: torch.device
+    owned: bool = False
 
     @classmethod
     def launched(cls) -> Group:
@@ -70,9 +74,10 @@ class Group:
             torch.cuda.set_device(device)
         if world == 1:
             return cls(0, 1, device)
-        if not dist.is_initialized():
+        owned = not dist.is_initialized()
+        if owned:
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=TIMEOUT_MINUTES))
-        return cls(dist.get_rank(), dist.get_world_size(), device)
+        return cls(dist.get_rank(), dist.get_world_size(), device, owned)
 
     @property
     def first(self) -> bool:
@@ -111,3 +116,9 @@ class Group:
     def wait(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    def close(self) -> None:
+        """Leave together: a process that ends while others still talk to it takes them along."""
+        if self.owned:
+            dist.barrier()
+            dist.destroy_process_group()

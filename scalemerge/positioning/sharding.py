@@ -10,6 +10,7 @@ differentiates the loss of the whole batch for its own texts, and the coefficien
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,9 @@ def attach_sharded(
     by the ordinary layers. moved: the tensors that have task vectors. Raises InputError for a weight that the base's
     files lack.
     """
-    backbone = encoder.backbone
+    backbone: Any = encoder.backbone
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None  # never used, see freeze_unused; files may lack it, and its output would be gathered
     names = set(moved)
     sharded: dict[int, ShardedLayer] = {}
     for module_name, module in backbone.named_modules():
@@ -155,9 +158,6 @@ def _fill_rest(
             if value is None or not value.is_meta:
                 continue
             name = f"{module_name}.{parameter}"
-            if id(value) not in filled and name.startswith("pooler.") and name not in store.base.specs:
-                module.register_parameter(parameter, None)  # never used, see freeze_unused
-                continue
             if id(value) not in filled:
                 _fill(module, parameter, name, store, device)
                 filled[id(value)] = module._parameters[parameter]  # type: ignore[assignment]

@@ -165,7 +165,7 @@ def test_peak_memory_is_one_tensor_whatever_the_model(tmp_path, live_bytes, coun
         save_file(tensors, tmp_path / name / "model.safetensors")
     store = TaskVectorStore(tmp_path / "base", {name: tmp_path / name for name in "abc"})
     if count > 2:  # the same two tensors under many names: a larger model without larger files
-        for checkpoint in (store.base, *store._checkpoints):
+        for checkpoint in (store.base, *(expert._tuned for expert in store.members)):
             for i in range(2, count):
                 checkpoint._stored[f"layer.{i}.weight"] = checkpoint._stored[f"layer.{i % 2}.weight"]
                 checkpoint.specs[f"layer.{i}.weight"] = TensorSpec((size // 64, 64), torch.float32)

@@ -102,7 +102,7 @@ def main(job_file: str, out: str) -> None:
     found = {case["name"]: run_case(job, case, group, Path(out).parent) for case in job["cases"]}
     if group.first:
         torch.save(found, out)
-    group.wait()
+    group.close()
 
 
 if __name__ == "__main__":

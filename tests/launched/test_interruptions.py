@@ -218,7 +218,7 @@ def test_sigterm_saves_one_process_which_goes_on(
     run.wait_for_step(5)
     preempt(run, [psutil.Process(run.process.pid)], 5)
     only_whole_folders(tmp_path)
-    assert list(run.work.glob("step-*")) and not (tmp_path / "experts" / "search").exists()
+    assert list(run.history.parent.glob("step-*")) and not (tmp_path / "experts" / "search").exists()
     again = finish(recipe, tmp_path, None)
     assert compared(again, records) == compared(whole, records)
     same_weights(again, whole)
@@ -252,7 +252,7 @@ def test_sigterm_to_the_launcher_saves_too_but_its_code_is_1(
     assert run.wait(60) == 1
     assert "stopped by SIGTERM, saved at step" in run.output
     only_whole_folders(tmp_path)
-    assert list(run.work.glob("step-*"))
+    assert list(run.history.parent.glob("step-*"))
 
 
 @pytest.mark.slow

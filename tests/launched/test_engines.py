@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from scalemerge.encoder import Encoder
 
-CONFIGS = Path(__file__).resolve().parents[3] / "accelerate_configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 CHANGES: dict[str, Any] = {"training.batch_size": 15, "training.learning_rate": 1e-4}
 slow = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-CONFIGS = Path(__file__).resolve().parents[3] / "accelerate_configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 CHANGES: dict[str, Any] = {"training.batch_size": 15, "training.learning_rate": 1e-4}
 
 

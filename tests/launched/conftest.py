@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from scalemerge.encoder import Encoder
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"
 PATIENCE = 400.0  # seconds: a launch takes 15 on an idle machine of two cores, a minute on a busy one
 VARIABLES = {
@@ -41,10 +41,13 @@ def find_port() -> int:
 
 
 class Launched:
-    """One `scalemerge train` of task search: its launcher (none for one plain process), its ranks, what it printed."""
+    """One `scalemerge train` of task search, or `scalemerge position`: its launcher (none for one plain process), its
+    ranks, what it printed. history: the file that gets a line a step."""
 
-    def __init__(self, command: Sequence[str], log: Path, environment: dict[str, str], work: Path, cwd: Path) -> None:
-        self.log, self.work = log, work
+    def __init__(
+        self, command: Sequence[str], log: Path, environment: dict[str, str], history: Path, cwd: Path
+    ) -> None:
+        self.log, self.history = log, history
         with open(log, "w") as output:
             self.process = subprocess.Popen(
                 list(command),
@@ -74,9 +77,8 @@ class Launched:
         return found
 
     def steps(self) -> int:
-        log = self.work / "training.jsonl"
         with contextlib.suppress(OSError):
-            return log.read_bytes().count(b"\n")
+            return self.history.read_bytes().count(b"\n")
         return 0
 
     def wait_for_step(self, count: int) -> None:
@@ -122,7 +124,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """`start(recipe, out, "zero2", *options)`: a run in the background; whatever still lives at the end is killed.
 
     The engine is a file of accelerate_configs without _cpu.yaml, a path, or None for one plain process. environment:
-    variables to set (None: to unset).
+    variables to set (None: to unset). verb: train, of task search, or position.
     """
     runs: list[Launched] = []
 
@@ -133,6 +135,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         *options: str,
         environment: dict[str, str | None] | None = None,
         cwd: Path | None = None,
+        verb: str = "train",
     ) -> Launched:
         variables: dict[str, str | None] = {**VARIABLES, **(environment or {})}
         out.mkdir(parents=True, exist_ok=True)
@@ -143,10 +146,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
             if "--main_process_port" not in options:
                 launcher += ["--main_process_port", str(find_port())]
             launcher += [*options, "-m"]
-        arguments = ["scalemerge", "train", str(recipe), "--task", "search", "--out", str(out)]
+        arguments = ["scalemerge", verb, str(recipe), *(["--task", "search"] if verb == "train" else [])]
+        arguments += ["--out", str(out)]
+        history = out / "experts" / "search.work" / "training.jsonl"
+        if verb == "position":
+            history = out / "position" / "history.jsonl"
         log = tmp_path / f"run-{len(runs)}.log"
         kept = {key: value for key, value in variables.items() if value is not None}
-        runs.append(Launched([*launcher, *arguments], log, kept, out / "experts" / "search.work", cwd or out))
+        runs.append(Launched([*launcher, *arguments], log, kept, history, cwd or out))
         return runs[-1]
 
     yield launch
