@@ -57,7 +57,7 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
-        size = storage.nbytes() if counts else 0
+        size = storage.nbytes() if counts and tensor.device.type != "meta" else 0
         self.live += size
         self.peak = max(self.peak, self.live)
         self.largest = max(self.largest, size)

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measuring import LiveBytes, hide_this_folder, write_figures
+from measuring import LiveBytes, ResidentGrowth, hide_this_folder, write_figures
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,6 +127,16 @@ class NaiveMergedLinear(nn.Module):
         return nn.functional.linear(x, weight.to(x.dtype), self.bias.to(x.dtype))
 
 
+def bytes_held(backbone: nn.Module) -> int:
+    """Bytes of weights and task vectors, sharded or whole."""
+    total = sum(parameter.nbytes for parameter in backbone.parameters())
+    for layer in backbone.modules():
+        total += layer.sharded.nbytes if hasattr(layer, "sharded") else 0  # type: ignore[union-attr]
+        vectors = getattr(layer, "task_vectors", None)
+        total += sum(packed.nbytes for packed in vectors.values()) if isinstance(vectors, dict) else 0
+    return total
+
+
 def naive_step(folder: Path, store: Any, batch: Any, group: Any) -> tuple[nn.Module, Any]:
     """The same encoder with E + 1 weights in every linear layer, sharded by fully_shard, and one step of it."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -198,14 +208,14 @@ def one_rank(options: argparse.Namespace) -> None:
         linear = [module for module in model.modules() if isinstance(module, NaiveMergedLinear)]
         found["linear_numbers"] = sum(module.base.numel() for module in linear)
     else:
-        watch = LiveBytes()
-        with watch:
+        with ResidentGrowth() as loading:
             built, _, step = sharded_step(folder / "base", store, batch, group, options)
-            found["loading_peak_bytes"], found["model_bytes"] = watch.peak, watch.live
+        with LiveBytes() as watch:
             step()  # the buffers are made
-            watch.peak = watch.live
             step()
-        found["peak_bytes"] = watch.peak
+        found["loading_resident_bytes"] = loading.bytes
+        found["model_bytes"] = bytes_held(built.encoder.backbone)
+        found["peak_bytes"] = found["model_bytes"] + watch.peak
         weights = [layer.sharded for layer in built.encoder.backbone.modules() if hasattr(layer, "sharded")]
         linear = [
             layer.sharded for layer in built.encoder.backbone.modules() if type(layer).__name__ == "ShardedLinear"
@@ -213,7 +223,7 @@ def one_rank(options: argparse.Namespace) -> None:
         found["linear_numbers"] = sum(weight.rows * weight.columns for weight in linear)
         found["largest_layer"] = max(weight.rows * weight.columns for weight in linear)
         found["own_bytes"] = sum(weight.nbytes for weight in weights)
-        found["whole_bytes"] = sum(weight.nbytes / max(1, len(weight.base)) * weight.rows for weight in weights)
+        found["whole_bytes"] = sum(weight.nbytes / len(weight.base) * weight.rows for weight in weights)
         saved: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -239,7 +249,7 @@ def one_rank(options: argparse.Namespace) -> None:
     }
     everyone = group.gather(found)
     if group.first:
-        for name in ("peak_bytes", "loading_peak_bytes"):
+        for name in ("peak_bytes", "loading_resident_bytes"):
             if name in found:
                 found[name] = max(other[name] for other in everyone)
         Path(options.figures).write_text(json.dumps(found))

@@ -20,7 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-DEFAULT_CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = {"cuda": 64 * 2**20, "cpu": 8 * 2**20}
+
+
+def _collective(kind: str) -> Any:
+    """torch's collective of one tensor to one tensor, under the name that this version of it prefers."""
+    older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}[kind]
+    return getattr(dist, f"{kind}_single", None) or getattr(dist, older)
 
 
 class _Gathering(NamedTuple):
@@ -46,7 +52,7 @@ class Shards:
             raise ValueError(f"rows are sharded over one dimension of a mesh, not {mesh.ndim}")
         self.group = mesh.get_group()
         self.rank, self.world = mesh.get_local_rank(), mesh.size()
-        self.chunk_bytes = chunk_bytes or DEFAULT_CHUNK_BYTES
+        self.chunk_bytes = chunk_bytes or CHUNK_BYTES.get(mesh.device_type, CHUNK_BYTES["cpu"])
         self.reduce_dtype = reduce_dtype
         self._buffers: list[Tensor | None] = [None, None]
         self._next_buffer = 0
@@ -93,7 +99,7 @@ class Shards:
     def _start(self, layer: Any, key: Any, make: Callable[[Any], tuple[Tensor, int]]) -> _Gathering:
         own, rows = make(layer)
         whole = self._buffer((len(own) * self.world, *own.shape[1:]), own)
-        work = dist.all_gather_into_tensor(whole, own, group=self.group, async_op=True)
+        work = _collective("all_gather")(whole, own, group=self.group, async_op=True)
         return _Gathering((id(layer), key), whole[:rows], work, own)
 
     def _buffer(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -117,7 +123,7 @@ class Shards:
     def gather(self, own: Tensor) -> Tensor:
         """Rows [m, K] of every rank as [R m, K]; m must be the same on all."""
         whole = own.new_empty(len(own) * self.world, *own.shape[1:])
-        dist.all_gather_into_tensor(whole, own.contiguous(), group=self.group)
+        _collective("all_gather")(whole, own.contiguous(), group=self.group)
         return whole
 
     def any(self, marks: Tensor) -> Tensor:
@@ -146,7 +152,7 @@ class Shards:
             fill(start, stop, local)
             local = local.to(dtype).flatten(0, 1)
             own = local.new_empty(stop - start, columns)
-            work = dist.reduce_scatter_tensor(own, local, group=self.group, async_op=True)
+            work = _collective("reduce_scatter")(own, local, group=self.group, async_op=True)
             if waiting is not None:
                 yield self._finished(waiting, made)
             waiting = start, stop, work, own, local
