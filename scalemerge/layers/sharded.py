@@ -49,7 +49,7 @@ class ShardedWeight:
     def merged(self, c: Tensor, dtype: torch.dtype) -> Tensor:
         """Own rows of W(c) [ceil(N / R), K] in `dtype`; those that do not exist hold nothing of meaning."""
         count, packed = len(self.base), self.packed
-        exact = accumulation_dtype(dtype)
+        exact = dtype if self.base.is_cuda else accumulation_dtype(dtype)  # Triton sums in registers, torch in `out`
         out = torch.empty(self.shards.share(self.rows), self.columns, dtype=exact, device=self.base.device)
         own = out[:count]
         if not packed.values or not count:

@@ -215,3 +215,53 @@ def test_compressed_task_vectors_find_nearly_the_same_position(make_search, form
 def test_sampled_rows_lower_the_objective_too(make_search) -> None:
     result = make_search(sample_rows=4, steps=15).run()
     assert result["validation"]["best"] < result["validation"]["start"] - 0.01
+
+
+# ---- L-BFGS ----------------------------------------------------------------------------------------------------------
+
+
+def test_lbfgs_converges_on_the_whole_probe_set_and_beats_adam(make_search) -> None:
+    search = make_search("lbfgs", optimizer="lbfgs", steps=40)
+    result = search.run()
+    assert result["converged"] and result["evaluations"] <= 25
+    assert result["gradient_norm"]["end"] <= 1e-3 * result["gradient_norm"]["start"]
+    history = history_of(search.folder)
+    assert len(history) == result["evaluations"] and history[0]["loss"] == result["probe_loss"]["start"]
+    adam = make_search("adam", steps=40)
+    adam.run()
+    reached = adam.objective.differentiate(adam.objective.whole_probe(), result["loss_scales"]).value
+    assert result["probe_loss"]["end"] <= reached + 1e-6
+
+
+def test_lbfgs_is_deterministic_and_resumes_without_repeating_an_evaluation(make_search, monkeypatch) -> None:
+    whole = make_search("whole", optimizer="lbfgs")
+    whole.run()
+    for limit in (0, 1, 5):
+        search = make_search("broken", optimizer="lbfgs")
+        made, differentiate = [0], search.objective.differentiate
+
+        def counted(rounds, scales, made=made, limit=limit, differentiate=differentiate):
+            if made[0] == limit:
+                raise Interrupted
+            made[0] += 1
+            return differentiate(rounds, scales)
+
+        monkeypatch.setattr(search.objective, "differentiate", counted)
+        with pytest.raises(Interrupted):
+            search.run()
+    search = make_search("broken", optimizer="lbfgs")
+    made, differentiate = [0], search.objective.differentiate
+    monkeypatch.setattr(
+        search.objective, "differentiate", lambda *a: (made.__setitem__(0, made[0] + 1), differentiate(*a))[1]
+    )
+    result = search.run()
+    assert made[0] == result["evaluations"] - 6, "six evaluations were made before"
+    assert (search.folder / "coefficients.json").read_bytes() == (whole.folder / "coefficients.json").read_bytes()
+    assert history_of(search.folder) == history_of(whole.folder)
+
+
+@pytest.mark.parametrize("chunk_tokens", [30, 200])
+def test_the_gradient_cache_takes_the_same_steps(make_search, chunk_tokens) -> None:
+    plain = make_search("plain", steps=6).run()
+    cached = make_search("cached", steps=6, chunk_tokens=chunk_tokens).run()
+    assert torch.tensor(cached["c"]["global"]) == pytest.approx(torch.tensor(plain["c"]["global"]), abs=1e-5)
