@@ -51,6 +51,12 @@ def _expert_folders(given: list[str] | None) -> dict[str, Path]:
     return folders
 
 
+def _experts_of(recipe: Recipe, folder: Path, given: list[str] | None) -> dict[str, Path]:
+    """The experts of a run, with those that --expert names in their places or after them."""
+    elsewhere = _expert_folders(given)
+    return {name: elsewhere.get(name, folder / "experts" / name) for name in recipe.tasks} | elsewhere
+
+
 @app.callback(invoke_without_command=True)
 def _main(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
@@ -113,8 +119,7 @@ def position(recipe: RecipePath, out: Out = None, data: Data = None, expert: Exp
     from scalemerge.pipeline import prepare
 
     loaded, folder = _recipe(recipe, data, out)
-    given = _expert_folders(expert)
-    experts = {name: given.get(name, folder / "experts" / name) for name in loaded.tasks} | given
+    experts = _experts_of(loaded, folder, expert)
     if loaded.positioning.order is not None and sorted(loaded.positioning.order) != sorted(experts):
         raise InputError(f"positioning.order: must name each expert once: {', '.join(experts)}")
     learn(prepare(loaded, folder, experts=experts, evaluation=False))
@@ -140,13 +145,46 @@ def merge(
         from scalemerge.pipeline import prepare, write_merges
 
         loaded, folder = _recipe(recipe, data, out)
-        write_merges(prepare(loaded, folder, evaluation=False))
+        write_merges(prepare(loaded, folder, experts=_experts_of(loaded, folder, expert), evaluation=False))
         return
     if base is None or not expert or out is None:
         raise typer.BadParameter("give a RECIPE, or --base, --expert (one or more) and --out")
     from scalemerge.merging.folders import merge_folders
 
     merge_folders(base, _expert_folders(expert), out, method, _parameters(set_), coefficients, dtype)
+
+
+@app.command(
+    epilog="Example: scalemerge compress recipes/docs.yaml --run runs/demo --format int4 --out runs/demo/store"
+)
+def compress(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe whose experts to compress.", show_default=False)] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="Folder of its run. Default: runs/<recipe name>.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Without a recipe: folder of the base model.")] = None,
+    expert: Experts = None,
+    form: Annotated[str, typer.Option("--format", help="int8, int4, bfloat16 or svd.")] = "int4",
+    group_size: Annotated[int, typer.Option("--group-size", help="int8, int4: 32, 64, 128 or 256 columns.")] = 64,
+    rank: Annotated[int, typer.Option("--rank", help="svd: rank of each matrix.")] = 16,
+    shared_base: Annotated[
+        bool, typer.Option("--shared-base", help="Store the mean once, and of each expert what differs.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="The store to write: a folder an expert.")] = None,
+    data: Data = None,
+) -> None:
+    """Write experts as compressed task vectors, for position and merge (--expert NAME=STORE/NAME). Resumable."""
+    if out is None or (recipe is None and (base is None or not expert)):
+        raise typer.BadParameter("give --out, and a RECIPE or --base with one --expert or more")
+    from scalemerge.encoder import local_folder
+    from scalemerge.task_vectors.compression import Compression, compress_folders
+
+    how = Compression(form, group_size, rank, shared_base)  # type: ignore[arg-type]
+    if recipe is None:
+        assert base is not None
+        experts = _expert_folders(expert)
+    else:
+        loaded, folder = _recipe(recipe, data, run)
+        base, experts = base or loaded.base.path, _experts_of(loaded, folder, expert)
+    typer.echo("\n".join(compress_folders(local_folder(base), experts, out, how).lines()))
 
 
 def _parameters(given: list[str] | None) -> dict[str, Any]:

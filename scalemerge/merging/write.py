@@ -20,12 +20,14 @@ from scalemerge.checkpoints.atomic import RECORD, new_folder, read_json, write_j
 from scalemerge.checkpoints.reader import SINGLE, TensorSpec
 from scalemerge.checkpoints.writer import write_safetensors
 from scalemerge.encoder import read_modules
+from scalemerge.encoder.folders import ADAPTER_CONFIG
 from scalemerge.progress import Progress, say
 from scalemerge.task_vectors import TaskVectorStore
+from scalemerge.task_vectors.stored import DESCRIPTION
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BLOCK = 2**18  # elements that are compared at a time
-_NOT_CARRIED = {"README.md", RECORD, "training.jsonl", ".gitattributes"}
+_NOT_CARRIED = {"README.md", RECORD, "training.jsonl", ".gitattributes", ADAPTER_CONFIG, DESCRIPTION}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack", ".index.json")
 
 
@@ -105,16 +107,21 @@ class _Survival:
 
 
 def _carry_over(store: TaskVectorStore, folder: Path, dtype: str | None) -> None:
-    """Everything but weights: from an expert when it is a sentence-transformers folder, else from the base."""
+    """Everything but weights: from an expert when it is a sentence-transformers folder, else from the base.
+
+    Adapters and stored task vectors are no whole models: what they have replaces files of the base.
+    """
     described = [read_modules(expert) for expert in store.folders]
-    origin = store.folders[0] if described[0] else store.base_folder
-    for path in sorted(origin.rglob("*")):
-        relative = path.relative_to(origin)
-        if path.is_dir():
-            (folder / relative).mkdir(parents=True, exist_ok=True)
-        elif path.name not in _NOT_CARRIED and not path.name.endswith(_WEIGHTS):
-            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / relative)
+    first = store.folders[0]
+    whole = first if described[0] and (first / "config.json").is_file() else store.base_folder
+    for origin in [whole, first] if described[0] else [whole]:
+        for path in sorted(origin.rglob("*")):
+            relative = path.relative_to(origin)
+            if path.is_dir():
+                (folder / relative).mkdir(parents=True, exist_ok=True)
+            elif path.name not in _NOT_CARRIED and not path.name.endswith(_WEIGHTS):
+                (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, folder / relative)
     config = read_json(folder / "config.json")
     if dtype:
         config.pop("torch_dtype", None)

@@ -107,7 +107,7 @@ def build(
         layers,
         flops,
         group,
-        getattr(store, "mixing", None),
+        store.mixing,
         shards,
     )
 

@@ -26,15 +26,13 @@ from scalemerge.layers.sharded import ShardedEmbedding, ShardedLayer, ShardedLin
 from scalemerge.recipe import Positioning
 from scalemerge.task_vectors import TaskVectorStore
 
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.03, "int4": 0.53}  # of a number, its share of a scale included
 FITS = 0.7  # of a device's free memory: the rest is for activations
 LEAST_EMBEDDING = 2**20  # numbers; smaller tables are whole on every rank
 
 
 def replicated_bytes(store: TaskVectorStore) -> int:
     """Bytes of W0 in float32 and of all task vectors as they are held."""
-    numbers = sum(spec.numel for spec in store.base.specs.values())
-    return round(numbers * (4 + BYTES[store.form] * len(store.experts)))
+    return sum(spec.numel * 4 for spec in store.base.specs.values()) + store.held_bytes
 
 
 def free_bytes(group: Group) -> int:

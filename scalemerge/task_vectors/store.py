@@ -1,8 +1,13 @@
-"""Task vectors T_i = W_i - W0, lazily: experts and base stay on disk, memory-mapped, and differences are made in
-float32 when asked for, one tensor (or some rows of it) at a time.
+"""Task vectors T_i of experts on disk, lazily: everything stays memory-mapped, and one tensor (or some rows of it) is
+read, and where experts are whole models subtracted in float32, when it is asked for.
 
-Everything that can be wrong with a set of experts is found here, from headers and small files alone, before anything is
-computed: another architecture, another vocabulary, a missing or truncated file, an unknown tensor.
+Experts of all kinds (experts.py) may be mixed. What can be wrong with a set of experts is found here, from headers and
+small files alone, before anything is computed: another architecture, another vocabulary, a missing or truncated file,
+an unknown tensor. What was made from another base is found by hash, which reads every byte of the base, so only where
+an expert names its base.
+
+Experts of a store with a shared base are T_i = S + R_i. Layers then hold the terms R_1 .. R_E, S, with coefficients
+mixing @ c: S enters once, with the sum of its experts' coefficients.
 """
 
 from __future__ import annotations
@@ -10,38 +15,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from scalemerge.checkpoints.atomic import read_json
 from scalemerge.checkpoints.reader import Checkpoint
 from scalemerge.checkpoints.revision import model_revision
 from scalemerge.errors import InputError
-from scalemerge.kernels.formats import TaskVector
-from scalemerge.task_vectors.formats import Format, compress, decompressed
-
-# What must agree between a base and its experts for the difference of their weights to mean anything.
-_ARCHITECTURE_FIELDS = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "hidden_act",
-)
+from scalemerge.kernels.formats import LowRank, TaskVector, dense_block
+from scalemerge.task_vectors.experts import Expert, open_expert
+from scalemerge.task_vectors.formats import Format
+from scalemerge.task_vectors.stored import Rows, StoredExpert, StoredFolder
 
 
 class TaskVectorStore:
     """Base and experts on disk.
 
-    base: folder of the base model. experts: name -> folder, in the order that positions use. form: what task vectors
-    are held in; all that is read here, Gram matrices too, is what remains of them in that format.
+    base: folder of the base model. experts: name -> folder, in the order that positions use. form: what task vectors of
+    full checkpoints are held in; stored ones and adapters keep their own format. All that is read here, Gram matrices
+    too, is what remains of them in that format.
+    verify: hash the base now, where an expert names the base that it was made from; without it, `revisions` does.
     """
 
-    def __init__(self, base: str | Path, experts: Mapping[str, str | Path], form: Format = "float32") -> None:
+    def __init__(
+        self, base: str | Path, experts: Mapping[str, str | Path], form: Format = "float32", *, verify: bool = True
+    ) -> None:
         if not experts:
             raise InputError(f"{base}: no experts given; name at least one expert folder")
         self.form = form
@@ -49,74 +47,90 @@ class TaskVectorStore:
         self.base = Checkpoint(base)
         self.experts = list(experts)
         self.folders = [Path(folder) for folder in experts.values()]
-        self._checkpoints = [Checkpoint(folder) for folder in self.folders]
-        for checkpoint in self._checkpoints:
-            self._check(checkpoint)
-        shared = set(self.base.specs)
-        for checkpoint in self._checkpoints:
-            shared &= set(checkpoint.specs)
+        opened: dict[Path, StoredFolder] = {}
+
+        def open_shared(folder: Path) -> StoredFolder:
+            return opened.setdefault(folder, opened.get(folder) or StoredFolder(folder))
+
+        self.members: list[Expert] = [open_expert(folder, self.base, form, open_shared) for folder in self.folders]
+        known = frozenset.intersection(*(member.names for member in self.members))
         #: names of the tensors that base and all experts have, floating point only
-        self.names = [name for name, spec in self.base.specs.items() if name in shared and spec.dtype.is_floating_point]
+        self.names = [name for name, spec in self.base.specs.items() if name in known and spec.dtype.is_floating_point]
+        uses = [member.shared if isinstance(member, StoredExpert) else None for member in self.members]
+        #: each shared base in use, once
+        self.shared = list({one.description["sha256"]: one for one in uses if one is not None}.values())
+        #: what `held` gives one task vector for: every expert, then every shared base
+        self.terms = [*self.experts, *("shared" if not i else f"shared {i + 1}" for i in range(len(self.shared)))]
+        #: [terms, E] float32: coefficients of the terms from those of the experts; None where they are the same
+        self.mixing: Tensor | None = None
+        if self.shared:
+            rows = [
+                [float(use is not None and use.description["sha256"] == one.description["sha256"]) for use in uses]
+                for one in self.shared
+            ]
+            self.mixing = torch.cat([torch.eye(len(self.experts)), torch.tensor(rows)])
+        if verify:
+            self.require_base()
+
+    @cached_property
+    def base_revision(self) -> str:
+        """What identifies the base; reads every byte."""
+        return model_revision(self.base_folder)
+
+    def require_base(self) -> None:
+        """Raise InputError for an expert that was made from another base. Hashes the base where an expert names one."""
+        for member in self.members:
+            member.require_base(self.base_folder, lambda: self.base_revision)
 
     @cached_property
     def revisions(self) -> list[str]:
-        """What identifies the weights of base and experts; hashed once, as it reads every byte."""
-        return [model_revision(folder) for folder in (self.base_folder, *self.folders)]
+        """What identifies the weights of base and experts; hashed once, as it reads every byte. See require_base."""
+        self.require_base()
+        return [self.base_revision, *(member.revision for member in self.members)]
 
-    def _check(self, checkpoint: Checkpoint) -> None:
-        ours, theirs = _config(self.base_folder), _config(checkpoint.folder)
-        for field in _ARCHITECTURE_FIELDS:
-            if ours.get(field) != theirs.get(field):
-                raise InputError(
-                    f"{checkpoint.folder / 'config.json'}: {field} is {theirs.get(field)!r}, the base's is "
-                    f"{ours.get(field)!r} ({self.base_folder}); experts must be trained from this base"
-                )
-        if ours.get("vocab_size") != theirs.get("vocab_size"):
-            raise InputError(
-                f"{checkpoint.folder / 'config.json'}: vocab_size is {theirs.get('vocab_size')}, the base's is "
-                f"{ours.get('vocab_size')}; use experts with the base's vocabulary"
-            )
-        for name, spec in checkpoint.specs.items():
-            base = self.base.specs.get(name)
-            if base is None:
-                raise InputError(
-                    f"{checkpoint.folder}: tensor '{name}' is not in the base ({self.base_folder}); experts must be "
-                    "trained from this base"
-                )
-            if base.shape != spec.shape:
-                raise InputError(
-                    f"{checkpoint.folder}: tensor '{name}' has shape {list(spec.shape)}, the base's is "
-                    f"{list(base.shape)}; experts must be trained from this base"
-                )
-        for name, spec in self.base.specs.items():
-            if name not in checkpoint.specs and spec.dtype.is_floating_point and not _is_pooler(name):
-                raise InputError(
-                    f"{checkpoint.folder}: tensor '{name}' is missing; the expert's checkpoint is not complete"
-                )
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all task vectors as they are held, a shared base once."""
+        return sum(part.nbytes for part in self._parts)
+
+    @property
+    def _parts(self) -> list[Expert | StoredFolder]:
+        """What each of `terms` lies in."""
+        return [*self.members, *self.shared]
 
     def task_vector(self, expert: int, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
         """T_i of a tensor, or rows [start, stop) of it, float32 on the CPU. Raises InputError on NaN or infinity."""
-        return decompressed(self._difference(expert, name, start, stop), self.form)
-
-    def _difference(self, expert: int, name: str, start: int | None, stop: int | None) -> Tensor:
-        checkpoint = self._checkpoints[expert]
-        if start is None or stop is None:
-            tuned, base = checkpoint.read(name), self.base.read(name)
-        else:
-            tuned, base = checkpoint.read_rows(name, start, stop), self.base.read_rows(name, start, stop)
-        difference = tuned.to(torch.float32) - base.to(torch.float32)
-        if not _is_finite(difference):
-            self.base.require_finite(name, base)
-            checkpoint.require_finite(name, tuned)
-        return difference
+        rows = None if start is None or stop is None else (start, stop)
+        member = self.members[expert]
+        vector = self._dense(member.held(name, rows), name, rows)
+        if isinstance(member, StoredExpert) and member.shared is not None:
+            vector = vector + self._dense(member.shared.held(name, rows), name, rows)
+        return vector
 
     def task_vectors(self, name: str) -> list[Tensor]:
         """T_1 .. T_E of a tensor."""
         return [self.task_vector(expert, name) for expert in range(len(self.experts))]
 
-    def held(self, name: str) -> list[TaskVector]:
-        """T_1 .. T_E of a tensor as the merge layers take them, in this store's format."""
-        return [compress(self._difference(expert, name, None, None), self.form) for expert in range(len(self.experts))]
+    def held(self, name: str, rows: Rows = None) -> list[TaskVector]:
+        """The terms of a tensor as the merge layers take them, one for each of `terms`, each in its own format.
+
+        rows: (start, stop); only these are read (of a low-rank one, the whole of a besides).
+        """
+        return [self._zero(name, rows) if (vector := part.held(name, rows)) is None else vector for part in self._parts]
+
+    def _shape(self, name: str, rows: Rows) -> tuple[int, ...]:
+        shape = self.base.specs[name].shape
+        return shape if rows is None else (rows[1] - rows[0], *shape[1:])
+
+    def _dense(self, vector: TaskVector | None, name: str, rows: Rows) -> Tensor:
+        return torch.zeros(self._shape(name, rows)) if vector is None else dense_block(vector).to(torch.float32)
+
+    def _zero(self, name: str, rows: Rows) -> TaskVector:
+        """A task vector that is nothing, of rank 1 where it can be, so that it takes no memory."""
+        shape = self._shape(name, rows)
+        if len(shape) != 2:
+            return torch.zeros(shape)
+        return LowRank(torch.zeros(1, shape[1]), torch.zeros(shape[0], 1))
 
     def row_blocks(self, name: str, block_bytes: int = 64 * 2**20) -> Iterator[tuple[int | None, int | None]]:
         """Row ranges of a tensor that keep one float32 block under `block_bytes`; (None, None) for a small one."""
@@ -127,19 +141,3 @@ class TaskVectorStore:
         step = max(1, block_bytes // (self.base.specs[name].numel * 4 // shape[0]))
         for start in range(0, shape[0], step):
             yield start, min(shape[0], start + step)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all entries are finite, without a temporary tensor (NaN and infinity pass through min and max)."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
-
-
-def _is_pooler(name: str) -> bool:
-    return name.startswith("pooler.")
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise InputError(f"{folder / 'config.json'}: not a model configuration; give a complete model folder")
-    return {**config, **(config.get("text_config") or {})}
