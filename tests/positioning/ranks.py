@@ -2,8 +2,9 @@
 
     python -m torch.distributed.run --nproc-per-node 3 ranks.py JOB.json OUT.pt
 
-A case is a dictionary: model, settings (of Positioning), kinds (what each expert's task vectors are held as), sharded,
-do ("gradient" or "search"). Rank 0 writes what each case gave; every rank checks that it read its own rows alone.
+A case is a dictionary: model, settings (of Positioning), kinds (what each expert's task vectors are held as; empty:
+as they lie on disk), sharded, do ("gradient" or "search"). Rank 0 writes what each case gave; every rank checks that it
+read its own rows alone.
 """
 
 from __future__ import annotations
@@ -62,8 +63,10 @@ def rows_of(columns: dict[str, dict[str, list[str]]]) -> dict[str, TaskRows]:
 def run_case(job: dict[str, Any], case: dict[str, Any], group: Group, work: Path) -> dict[str, Any]:
     settings = Positioning(**case["settings"])
     model = job["models"][case["model"]]
-    store = MixedStore(model["base"], model["experts"])
-    store.kinds = case["kinds"]
+    store: TaskVectorStore = TaskVectorStore(model["base"], model["experts"])
+    if case["kinds"]:
+        store = MixedStore(model["base"], model["experts"])
+        store.kinds = case["kinds"]
     sharded = case["sharded"] and group.world > 1
     encoder = Encoder.load(model["base"], empty=sharded)
     built = build(encoder, store, settings, group, sharded=sharded, least_embedding=64)

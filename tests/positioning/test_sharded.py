@@ -47,6 +47,20 @@ def models(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory, pairs: Any
             encoder.save(root / f"e{number}")
             experts[f"e{number}"] = str(root / f"e{number}")
         found[kind] = {"base": str(base), "experts": experts}
+        found[f"{kind}-stored"] = {"base": str(base), "experts": stored(base, experts, root)}
+    return found
+
+
+def stored(base: Path, experts: dict[str, str], root: Path) -> dict[str, str]:
+    """The same experts as folders of all kinds: whole, int8, and int4, low-rank and bfloat16 with shared bases."""
+    from scalemerge.task_vectors.compression import Compression, compress_folders
+
+    folders = {name: Path(folder) for name, folder in experts.items()}
+    found = {"e0": experts["e0"]}
+    for form, names in (("int8", ["e1"]), ("int4", ["e2", "e3"]), ("svd", ["e4"])):
+        how = Compression(form, 32, 3, len(names) > 1)  # type: ignore[arg-type]
+        compress_folders(str(base), {name: folders[name] for name in names}, root / form, how)
+        found |= {name: str(root / form / name) for name in names}
     return found
 
 
@@ -109,6 +123,11 @@ GRADIENTS += [
     case(model, sharded=True, kinds=[kind] * len(MIXED), granularity="module", position="linear")
     for model in ("bert", "qwen3")
     for kind in sorted(set(MIXED))
+]
+GRADIENTS += [
+    case(f"{model}-stored", sharded=sharded, kinds=[], granularity="layer", position="linear")
+    for model in ("bert", "qwen3")
+    for sharded in (False, True)
 ]
 GRADIENTS += [
     case("qwen3", sharded=True, granularity="layer", position="linear", chunk_tokens=48),
