@@ -300,6 +300,46 @@ def _columns(given: list[str] | None) -> dict[str, str]:
     return columns
 
 
+@app.command(epilog="Example: scalemerge plan recipes/qwen3-8b.yaml --devices 64 --gpu h100 --network ndr400")
+def plan(
+    recipe: RecipePath,
+    devices: Annotated[int, typer.Option("--devices", min=1, help="GPUs in all.")] = 1,
+    gpu: Annotated[str, typer.Option("--gpu", help="h100, h200, b200, a100 ... see --hardware.")] = "h100",
+    network: Annotated[str, typer.Option("--network", help="Between machines: ndr400, hdr200 ...")] = "ndr400",
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1)] = 8,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="The base's config.json, where it is not here.")
+    ] = None,
+    hardware: Annotated[Path | None, typer.Option("--hardware", help="TOML file of further GPUs and networks.")] = None,
+    examples: Annotated[int, typer.Option("--examples-per-task", min=1, help="Where the recipe has none.")] = 100_000,
+    tokens: Annotated[int, typer.Option("--tokens-per-text", min=1)] = 128,
+    runs: Annotated[int, typer.Option("--sweep-runs", min=1, help="Joint runs to compare with.")] = 8,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    data: Data = None,
+) -> None:
+    """Memory, traffic and least time of every stage, and the study's cost, before anything is launched."""
+    from scalemerge.planning.hardware import load_hardware
+    from scalemerge.planning.plan import Assumptions, make_plan
+    from scalemerge.planning.shapes import backbone, read_config
+    from scalemerge.planning.tables import print_plan
+    from scalemerge.recipe import load_recipe
+
+    loaded = load_recipe(recipe, data=data)
+    shape = backbone(read_config(loaded.base.path, config))
+    made = make_plan(
+        loaded,
+        shape,
+        load_hardware(gpu, network, gpus_per_node, hardware),
+        devices,
+        Assumptions(examples, tokens, runs),
+    )
+    print_plan(made)
+    if json_ is not None:
+        from scalemerge.checkpoints.atomic import write_json
+
+        write_json(json_, made.as_dict())
+
+
 @app.command(epilog="Example: scalemerge report runs/demo")
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)],

@@ -222,7 +222,7 @@ def test_every_verb_shows_an_example() -> None:
     from scalemerge.cli import app
 
     verbs = list(get_command(app).commands)
-    assert {"run", "train", "position", "merge", "compress", "eval", "mine", "report"} <= set(verbs)
+    assert {"run", "train", "position", "merge", "compress", "eval", "mine", "plan", "report"} <= set(verbs)
     for verb in verbs:
         shown = CliRunner().invoke(app, [verb, "--help"])
         assert shown.exit_code == 0
