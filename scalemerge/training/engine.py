@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from scalemerge.distributed.group import TIMEOUT_MINUTES, from_first_rank, launched_world
 from scalemerge.errors import InputError
 from scalemerge.recipe import Training
+from scalemerge.training.build_locks import remove_stale_locks
 
 
 def launched_with(variable: str) -> bool:
@@ -91,6 +92,7 @@ def _require_deepspeed(on_cpu: bool) -> None:
         )
     if on_cpu and os.environ.get("DS_ACCELERATOR") != "cpu":
         raise InputError("accelerate configuration: DeepSpeed on CPU processes needs DS_ACCELERATOR=cpu; export it")
+    remove_stale_locks()
 
 
 def configured_engine(accelerator: Any) -> str:
