@@ -36,7 +36,9 @@ def print_plan(plan: Plan) -> None:
             console.print(f"{stage}: nothing fits; it takes more devices, smaller chunk_tokens or a smaller format")
         else:
             console.print(f"{stage}: the shortest step that fits: {chosen.way}, {chosen.seconds:.3f} s at least")
-    console.print(f"A search with E + 1 weights under plain ZeRO-3 would send {plan.naive_bytes / 1e9:.1f} GB a step.")
+    if plan.devices > 1:
+        naive = f"{plan.naive_bytes / 1e9:.1f} GB a step"
+        console.print(f"A search with E + 1 weights under plain ZeRO-3 would send {naive}.")
     table = _table("the whole study", ("part", "GPU hours at least"))
     for part, hours in plan.hours.items():
         table.add_row(part, f"{hours:,.2f}")
