@@ -26,6 +26,9 @@ from hypothesis import settings
 if shutil.which("nvidia-smi") is None and not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Recipes of tests name their own data, which the variable would override.
+SHARED_DATA = os.environ.pop("SCALEMERGE_DATA", None)
+
 # A slow shared machine is no failure; no folder of examples is left in the repository.
 settings.register_profile("scalemerge", deadline=None, max_examples=50, database=None)
 settings.load_profile("scalemerge")
@@ -161,7 +164,7 @@ def minilm() -> Path:
 def shared_data() -> Path:
     """SCALEMERGE_DATA, or the folder shared/data beside the repository."""
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("SCALEMERGE_DATA") or beside)
+    folder = Path(SHARED_DATA or beside)
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}: set SCALEMERGE_DATA")
     return folder

@@ -70,6 +70,16 @@ def remove_quietly(path: Path) -> None:
         path.unlink()
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it is there: by another name first, so that one removed by half is never taken for a whole
+    one. What a killed removal left under that name goes, too."""
+    going = folder.with_name(f"{PARTIAL}-removed-{folder.name}")
+    shutil.rmtree(going, ignore_errors=True)
+    with suppress(OSError):
+        folder.rename(going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from scalemerge.checkpoints.atomic import write_json
+from scalemerge.checkpoints.atomic import remove_folder, write_json
 from scalemerge.encoder import Encoder
 from scalemerge.errors import InputError
 from scalemerge.progress import say
@@ -44,7 +44,7 @@ class BestWeights:
         save_weights(self.engine, self.encoder, self.base, temporary, self.dtype)
         if self.engine.rank == 0:
             write_json(temporary / "best.json", record)
-            shutil.rmtree(final, ignore_errors=True)
+            remove_folder(final)
             temporary.rename(final)
         self.kept = record
         self._drop_others()
@@ -85,4 +85,4 @@ class BestWeights:
         known = {self._folder(record) for record in (self.kept, self._in_checkpoint) if record}
         for folder in self.work.glob("best-*"):
             if folder not in known:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_folder(folder)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scalemerge.checkpoints.atomic import RECORD, new_folder, read_json, require_writable, write_json
+from scalemerge.checkpoints.atomic import RECORD, new_folder, read_json, remove_folder, require_writable, write_json
 from scalemerge.data.collate import collate
 from scalemerge.distributed.watching import Heartbeats, Preempted, StopRequest
 from scalemerge.encoder import Encoder, add_lora, local_folder
@@ -88,7 +88,7 @@ def train(job: Job, folder: Path) -> Cost:
     key = job.key()
     done = finished(folder, key)
     if done is not None:
-        shutil.rmtree(work_folder(folder), ignore_errors=True)
+        remove_folder(work_folder(folder))
         return done
     require_writable(folder.parent)
     check_trackers(job.settings.trackers)
@@ -292,7 +292,7 @@ class _Trainer:
             temporary.rename(final)
             for old in self.work.glob("step-*"):
                 if old != final:
-                    shutil.rmtree(old, ignore_errors=True)
+                    remove_folder(old)
         if self.best:
             self.best.checkpointed()
         self.engine.wait()
@@ -352,7 +352,7 @@ class _Trainer:
                 record = {"key": self.key, "engine": engine.name, "kept": kept, "cost": self.cost.as_dict()}
                 write_json(partial / RECORD, record)
             shutil.rmtree(streamed, ignore_errors=True)
-            shutil.rmtree(self.work, ignore_errors=True)
+            remove_folder(self.work)
         engine.wait()
 
 

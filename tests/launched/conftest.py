@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"
 PATIENCE = 400.0  # seconds: a launch takes 15 on an idle machine of two cores, a minute on a busy one
 VARIABLES = {
-    **{key: value for key, value in os.environ.items() if key != "SCALEMERGE_DATA"},
+    **os.environ,
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": str(ROOT),
