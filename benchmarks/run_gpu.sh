@@ -77,6 +77,13 @@ if [ "$GPU" = 1 ]; then
         step "positioning-$model" 60 "$PYTHON" benchmarks/positioning.py --out "$OUT" --name "positioning-$model" \
             --device cuda --dtype bfloat16 --model "$shape" --seconds 6
     done
+    # training: a Qwen3-shaped backbone of 16 layers, bf16, a batch of 4,096 pairs by gradient cache
+    if "$PYTHON" -c 'import accelerate, deepspeed' 2>/dev/null; then
+        step training-engines 75 "$PYTHON" benchmarks/training_engines.py --gpu --out "$OUT" --worlds 1 --scale 4 \
+            --engines ddp zero2 --batches 4096 --chunks 32768 --steps 2
+    else
+        echo "accelerate or deepspeed is absent: training is not measured"
+    fi
     # the rest of the time: the whole grid as far as it goes, half a minute kept for its last case and the plot
     MINUTES=$("$PYTHON" -c "print(max(0.2, min(3.0, ($(left) - 40) / 60)))")
     step kernels-full 300 "$PYTHON" benchmarks/kernels.py --out "$OUT/full" --device cuda --set full --minutes "$MINUTES"
