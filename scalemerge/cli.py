@@ -137,21 +137,26 @@ def merge(
     coefficients: Annotated[Path | None, typer.Option("--coefficients", help="A coefficients.json to apply.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of a method's parameter.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+    memory: Annotated[str, typer.Option("--memory", help="For blocks of tensors.")] = "512MB",
+    shard_size: Annotated[str, typer.Option("--shard-size", help="Of a file written, at most.")] = "5GB",
     out: Out = None,
     data: Data = None,
 ) -> None:
     """Write merged models: those of a recipe, or one from folders by a static method or learned coefficients."""
+    from scalemerge.merging.write import Storage
+
+    storage = Storage.parse(memory, shard_size)
     if recipe is not None:
         from scalemerge.pipeline import prepare, write_merges
 
         loaded, folder = _recipe(recipe, data, out)
-        write_merges(prepare(loaded, folder, experts=_experts_of(loaded, folder, expert), evaluation=False))
+        write_merges(prepare(loaded, folder, experts=_experts_of(loaded, folder, expert), evaluation=False), storage)
         return
     if base is None or not expert or out is None:
         raise typer.BadParameter("give a RECIPE, or --base, --expert (one or more) and --out")
     from scalemerge.merging.folders import merge_folders
 
-    merge_folders(base, _expert_folders(expert), out, method, _parameters(set_), coefficients, dtype)
+    merge_folders(base, _expert_folders(expert), out, method, _parameters(set_), coefficients, dtype, storage)
 
 
 @app.command(

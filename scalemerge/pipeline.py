@@ -30,6 +30,7 @@ from scalemerge.report.cost import Cost
 if TYPE_CHECKING:
     from scalemerge.data.probe import TaskData
     from scalemerge.evaluation.suites import Suite
+    from scalemerge.merging.write import Storage
 
 LEARNED = "self_positioning"
 
@@ -251,13 +252,13 @@ def _device() -> str:
 # ---- merges ------------------------------------------------------------------------------------------------------
 
 
-def write_merges(run: Run) -> dict[str, Cost]:
+def write_merges(run: Run, storage: Storage | None = None) -> dict[str, Cost]:
     """Write every merge of the recipe into DIR/merged. Returns the cost of each, without the experts."""
     store = open_store(run)
-    return {merge.key: write_merge(run, store, merge) for merge in run.recipe.merges}
+    return {merge.key: write_merge(run, store, merge, storage) for merge in run.recipe.merges}
 
 
-def write_merge(run: Run, store: Any, merge: Merge) -> Cost:
+def write_merge(run: Run, store: Any, merge: Merge, storage: Storage | None = None) -> Cost:
     from scalemerge.checkpoints.revision import content_key
     from scalemerge.merging import combine_learned, find_method, read_coefficients, write_merged
 
@@ -296,7 +297,7 @@ def write_merge(run: Run, store: Any, merge: Merge) -> Cost:
     elif folder.exists():
         raise InputError(f"{folder}: exists but was not written by scalemerge; move it or give another --out")
     began = time.monotonic()
-    write_merged(store, folder, combine, description=description, key=key, dtype=merge.dtype)
+    write_merged(store, folder, combine, description=description, key=key, dtype=merge.dtype, storage=storage)
     cost = Cost(seconds=time.monotonic() - began)
     write_json(record, {**read_json(record), "cost": cost.as_dict()})
     return cost

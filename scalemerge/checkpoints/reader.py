@@ -6,6 +6,7 @@ files are refused when they are opened, before anything is computed from them.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,7 @@ class Checkpoint:
         self._stored: dict[str, tuple[Path, str]] = {}
         self.specs: dict[str, TensorSpec] = {}
         self._handles: dict[Path, safe_open] = {}
+        self._offsets: dict[Path, dict[str, int]] = {}
         self._promised: dict[str, str] = {}
         found: dict[str, Path] = {}
         for file in self._files():
@@ -138,12 +140,41 @@ class Checkpoint:
         return self._handles[file].get_tensor(stored)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor of at least one dimension."""
+        """Rows [start, stop) of a tensor of at least one dimension, copied from the file: unlike pages of a mapping,
+        they count as memory only as long as they are held."""
         file, stored = self._stored[name]
-        return self._handles[file].get_slice(stored)[start:stop]
+        spec = self.specs[name]
+        row = spec.nbytes // spec.shape[0] if spec.shape[0] else 0
+        start, stop = max(0, start), max(start, min(stop, spec.shape[0]))
+        buffer = torch.empty((stop - start) * row, dtype=torch.uint8)
+        _fill(file, self._offset(file, stored) + start * row, buffer)
+        return buffer.view(spec.dtype).reshape(stop - start, *spec.shape[1:])
+
+    def _offset(self, file: Path, stored: str) -> int:
+        """Where a tensor's bytes begin. The header was checked by the safetensors library when the file was opened."""
+        if file not in self._offsets:
+            with open(file, "rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(length))
+            self._offsets[file] = {
+                name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"
+            }
+        return self._offsets[file][stored]
 
     def require_finite(self, name: str, tensor: Tensor) -> Tensor:
         if not torch.isfinite(tensor).all():
             file, stored = self._stored[name]
             raise InputError(f"{file}: tensor '{stored}' holds NaN or infinity; train or copy this model again")
         return tensor
+
+
+def _fill(file: Path, offset: int, buffer: Tensor) -> None:
+    """Read bytes of a file into a buffer, uint8. Raises InputError for a file that ends before."""
+    view = buffer.numpy().data
+    with open(file, "rb", buffering=0) as opened:
+        opened.seek(offset)
+        while len(view):
+            count = opened.readinto(view)
+            if not count:
+                raise InputError(f"{file}: ended while it was read; copy it again")
+            view = view[count:]

@@ -10,7 +10,7 @@ from scalemerge.encoder import local_folder
 from scalemerge.errors import InputError
 from scalemerge.merging.learned import combine_learned, read_coefficients
 from scalemerge.merging.registry import find_method
-from scalemerge.merging.write import DTYPES, write_merged
+from scalemerge.merging.write import DTYPES, Storage, write_merged
 from scalemerge.task_vectors import TaskVectorStore
 
 
@@ -22,6 +22,7 @@ def merge_folders(
     parameters: dict[str, Any],
     coefficients: Path | None = None,
     dtype: str | None = None,
+    storage: Storage | None = None,
 ) -> float:
     """Write the merged folder `out`. Returns the share of the delta that survived the stored dtype."""
     if dtype is not None and dtype not in DTYPES:
@@ -52,4 +53,4 @@ def merge_folders(
         def combine(name: str, tensor: Any, task_vectors: Any) -> Any:
             return chosen(tensor, task_vectors, values)
 
-    return write_merged(store, out, combine, description=description, key="", dtype=dtype)
+    return write_merged(store, out, combine, description=description, key="", dtype=dtype, storage=storage)

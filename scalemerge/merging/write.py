@@ -1,15 +1,19 @@
-"""Write a merged model as a sentence-transformers folder, tensor by tensor.
+"""Write a merged model as a sentence-transformers folder, out of core.
 
-The peak is one tensor's task vectors, not one model. Configuration, tokenizer and pooling are carried over; only names
-that base and experts have are written (no position_ids of an old release, no spurious head); the folder appears when it
-is whole.
+Tensors go through in blocks of rows that fit a memory budget, whatever the model's size and the number of experts: the
+next block is read while one is merged and the one before is written. Configuration, tokenizer and pooling are carried
+over; only names that base and experts have are written (no position_ids of an old release, no spurious head); the
+folder appears when it is whole.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +21,43 @@ import torch
 from torch import Tensor
 
 from scalemerge.checkpoints.atomic import RECORD, new_folder, read_json, write_json, write_text
-from scalemerge.checkpoints.reader import SINGLE, TensorSpec
-from scalemerge.checkpoints.writer import write_safetensors
+from scalemerge.checkpoints.reader import TensorSpec
+from scalemerge.checkpoints.writer import SHARD_BYTES, write_shards
 from scalemerge.encoder import read_modules
 from scalemerge.encoder.folders import ADAPTER_CONFIG
+from scalemerge.errors import InputError
 from scalemerge.progress import Progress, say
 from scalemerge.task_vectors import TaskVectorStore
-from scalemerge.task_vectors.stored import DESCRIPTION
+from scalemerge.task_vectors.stored import DESCRIPTION, Rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BLOCK = 2**18  # elements that are compared at a time
 _NOT_CARRIED = {"README.md", RECORD, "training.jsonl", ".gitattributes", ADAPTER_CONFIG, DESCRIPTION}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack", ".index.json")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes of blocks that a merge holds at a time, about, and of one safetensors file that it writes, at most."""
+
+    memory: int = 2**29
+    shard_bytes: int = SHARD_BYTES
+
+    @classmethod
+    def parse(cls, memory: str, shard_size: str) -> Storage:
+        """From "512MB", "2GB", "750000" ... as the command line has them. Raises InputError."""
+        return cls(_bytes(memory, "--memory"), _bytes(shard_size, "--shard-size"))
+
+
+def _bytes(text: str, option: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    size = 0
+    if found:
+        unit = 1024 if found[3] else 1000
+        size = int(float(found[1]) * unit ** " KMGT".index(found[2].upper() or " "))
+    if size < 2**16:
+        raise InputError(f"{option} {text}: give a size of 64KB or more, such as 512MB or 2GB")
+    return size
 
 
 def write_merged(
@@ -39,12 +68,15 @@ def write_merged(
     description: dict[str, Any],
     key: str,
     dtype: str | None = None,
+    storage: Storage | None = None,
 ) -> float:
-    """Write the model combine(name, W0 float32, [T_1 .. T_E]) for every tensor that an expert moved.
+    """Write the model combine(name, W0, [T_1 .. T_E]) for every tensor that base and experts have.
 
-    description: what the model card says (title, method, parameters ...). dtype: storage; the base's own by default.
+    combine works entry by entry: it is called on blocks of rows, float32. description: what the model card says (title,
+    method, parameters ...). dtype: of what is stored; the base's own by default.
     Returns the share of the delta that survived rounding to the stored dtype (1.0 = all).
     """
+    storage = storage or Storage()
     specs = {
         name: TensorSpec(spec.shape, DTYPES[dtype] if dtype and spec.dtype.is_floating_point else spec.dtype)
         for name, spec in store.base.specs.items()
@@ -52,15 +84,20 @@ def write_merged(
     }
     survival = _Survival()
 
-    def make(name: str) -> Tensor:
-        base = store.base.read(name)
-        if name not in store.names:
-            return base.to(specs[name].dtype)
-        exact = base.float()
-        merged = combine(name, exact, store.task_vectors(name))
-        stored = merged.to(specs[name].dtype)
-        survival.add(exact, merged, stored)
-        return stored
+    # float32 blocks at a time: base and experts of this one and the next, merged, delta, stored, written
+    block_bytes = max(2**16, storage.memory // (2 * len(store.experts) + 6))
+
+    def make(name: str) -> Iterator[Tensor]:
+        moved = name in store.names
+        for base, task_vectors in _read_ahead(store, name, block_bytes, moved=moved):
+            if not moved:
+                yield base.to(specs[name].dtype)
+                continue
+            merged = combine(name, base, task_vectors)
+            stored = merged.to(specs[name].dtype)
+            survival.add(base, merged, stored)
+            del base, task_vectors, merged
+            yield stored
 
     total = sum(spec.nbytes for spec in specs.values())
     with (
@@ -74,7 +111,7 @@ def write_merged(
             written[0] += count
             progress.advance(written[0] // 2**20 - before)
 
-        write_safetensors(temporary / SINGLE, specs, make, progress=advance)
+        write_shards(temporary, specs, make, shard_bytes=storage.shard_bytes, progress=advance)
         _carry_over(store, temporary, dtype)
         share = survival.share
         write_text(temporary / "README.md", model_card({**description, "delta survival": f"{100 * share:.2f} %"}))
@@ -85,6 +122,36 @@ def write_merged(
             "storage; write float32"
         )
     return share
+
+
+def _read_ahead(
+    store: TaskVectorStore, name: str, block_bytes: int, *, moved: bool
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Blocks of rows of W0 (float32, or as stored where no expert moved it) and of T_1 .. T_E; a thread reads ahead."""
+    shape = store.base.specs[name].shape
+
+    def read(rows: Rows) -> tuple[Tensor, list[Tensor]]:
+        base = store.base.read(name) if rows is None else store.base.read_rows(name, *rows)
+        if not moved:
+            return base, []
+        start, stop = rows or (None, None)
+        base = base.to(torch.float32)
+        return base, [store.task_vector(i, name, start, stop, base) for i in range(len(store.experts))]
+
+    ranges: list[Rows] = [None]
+    if shape:
+        ranges = [(start or 0, stop or shape[0]) for start, stop in store.row_blocks(name, block_bytes)]
+    if len(ranges) == 1:
+        yield read(ranges[0])
+        return
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(read, ranges[0])
+        for following in range(1, len(ranges) + 1):
+            block = ahead.result()
+            if following < len(ranges):
+                ahead = thread.submit(read, ranges[following])
+            yield block
+            del block
 
 
 class _Survival:

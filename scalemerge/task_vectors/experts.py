@@ -131,13 +131,13 @@ class FullExpert:
                 raise InputError(f"{folder}: tensor '{name}' is missing; the expert's checkpoint is not complete")
 
     def held(self, name: str, rows: Rows = None) -> TaskVector | None:
-        return compress(self._difference(name, rows), self.form) if name in self._tuned.specs else None
+        return compress(self.difference(name, rows), self.form) if name in self._tuned.specs else None
 
-    def _difference(self, name: str, rows: Rows) -> Tensor:
-        if rows is None:
-            tuned, base = self._tuned.read(name), self._base.read(name)
-        else:
-            tuned, base = self._tuned.read_rows(name, *rows), self._base.read_rows(name, *rows)
+    def difference(self, name: str, rows: Rows, base: Tensor | None = None) -> Tensor:
+        """W - W0, float32. base: W0 of these rows, float32, where it has been read already."""
+        tuned = self._tuned.read(name) if rows is None else self._tuned.read_rows(name, *rows)
+        if base is None:
+            base = self._base.read(name) if rows is None else self._base.read_rows(name, *rows)
         difference = tuned.to(torch.float32) - base.to(torch.float32)
         if not _is_finite(difference):
             self._base.require_finite(name, base)

@@ -23,7 +23,7 @@ from scalemerge.checkpoints.reader import Checkpoint
 from scalemerge.checkpoints.revision import model_revision
 from scalemerge.errors import InputError
 from scalemerge.kernels.formats import LowRank, TaskVector, dense_block
-from scalemerge.task_vectors.experts import Expert, open_expert
+from scalemerge.task_vectors.experts import Expert, FullExpert, open_expert
 from scalemerge.task_vectors.formats import Format
 from scalemerge.task_vectors.stored import Rows, StoredExpert, StoredFolder
 
@@ -98,10 +98,17 @@ class TaskVectorStore:
         """What each of `terms` lies in."""
         return [*self.members, *self.shared]
 
-    def task_vector(self, expert: int, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
-        """T_i of a tensor, or rows [start, stop) of it, float32 on the CPU. Raises InputError on NaN or infinity."""
+    def task_vector(
+        self, expert: int, name: str, start: int | None = None, stop: int | None = None, base: Tensor | None = None
+    ) -> Tensor:
+        """T_i of a tensor, or rows [start, stop) of it, float32 on the CPU. Raises InputError on NaN or infinity.
+
+        base: W0 of these rows, float32, where the caller has read it already.
+        """
         rows = None if start is None or stop is None else (start, stop)
         member = self.members[expert]
+        if isinstance(member, FullExpert) and member.form == "float32":
+            return member.difference(name, rows, base)
         vector = self._dense(member.held(name, rows), name, rows)
         if isinstance(member, StoredExpert) and member.shared is not None:
             vector = vector + self._dense(member.shared.held(name, rows), name, rows)

@@ -10,10 +10,13 @@ import sys
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
-from scalemerge.checkpoints.reader import TensorSpec
+from scalemerge.checkpoints.reader import Checkpoint, TensorSpec
 from scalemerge.encoder import Encoder
+from scalemerge.errors import InputError
 from scalemerge.merging import combine_learned, find_method, write_merged
+from scalemerge.merging.write import Storage
 from scalemerge.task_vectors import GRANULARITIES, TaskVectorStore, group_names
 
 C = [0.5, -0.25, 0.3]
@@ -155,8 +158,6 @@ def test_carries_tokenizer_and_pooling_but_no_stale_weights_or_records(family, t
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_is_one_tensor_whatever_the_model(tmp_path, live_bytes, count, dtype) -> None:
     """E task vectors, the base's, the merged and the stored tensor of one name, and blocks for the survival report."""
-    from safetensors.torch import save_file
-
     size, experts = 2**22, 3  # 16 MiB a tensor; the blocks are small beside it
     for number, name in enumerate(("base", "a", "b", "c")):
         (tmp_path / name).mkdir()
@@ -174,6 +175,82 @@ def test_peak_memory_is_one_tensor_whatever_the_model(tmp_path, live_bytes, coun
         write(store, tmp_path / "out", dtype=dtype)
     assert memory.peak < (experts + 3.5) * 4 * size
     assert memory.peak > experts * 4 * size  # the counter counts
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from scalemerge.merging import combine_learned
+from scalemerge.merging.write import Storage, write_merged
+from scalemerge.task_vectors import TaskVectorStore
+root, experts, memory = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+
+def grown():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def merge(base, expert, count, out):
+    store = TaskVectorStore(root / base, {f"e{number}": root / expert for number in range(count)})
+    combine = combine_learned({"granularity": "global", "c": {"global": [1 / count] * count}})
+    write_merged(store, root / out, combine, description={}, key="k", storage=Storage(memory=memory))
+
+merge("small", "small", 1, "first")  # everything is imported and warm
+before = grown()
+merge("base", "expert", experts, "out")
+print(grown() - before)
+"""
+
+
+@pytest.mark.parametrize(("experts", "mib"), [(3, 16), (3, 32), (100, 32)])
+def test_resident_memory_is_that_given_whatever_the_tensor(tmp_path, experts, mib) -> None:
+    """One tensor of 64 MiB a model in blocks, reading and writing threads and file pages included, in a process."""
+    for name, rows in (("small", 16), ("base", 2**18), ("expert", 2**18)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "bert"}')
+        tensor = torch.full((rows, 64), 2.0 if name == "expert" else 1.0)
+        save_file({"layer.0.weight": tensor}, tmp_path / name / "model.safetensors")
+    shown = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(tmp_path), str(experts), str(mib * 2**20)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(shown.stdout) < (mib + 8) * 2**20
+    merged = load_file(tmp_path / "out" / "model.safetensors")["layer.0.weight"]
+    torch.testing.assert_close(merged, torch.full((2**18, 64), 2.0))
+
+
+def test_blocks_and_shards_change_nothing(family, tmp_path, read) -> None:
+    """Any memory, any shard size: the same bits, in an index that transformers reads."""
+    from transformers import AutoModel
+
+    base, experts = family
+    store = TaskVectorStore(base, experts)
+    write(store, tmp_path / "whole")
+    for name, storage in (("blocks", Storage(memory=2**12)), ("shards", Storage(2**13, shard_bytes=30_000))):
+        write(store, tmp_path / name, storage=storage)
+        found = Checkpoint(tmp_path / name)
+        assert sorted(found.names) == sorted(read(tmp_path / "whole"))
+        for tensor, value in read(tmp_path / "whole").items():
+            assert torch.equal(found.read(tensor), value), tensor
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 2 and files == {path.name for path in (tmp_path / "shards").glob("*.safetensors")}
+    loaded = AutoModel.from_pretrained(tmp_path / "shards").state_dict()
+    for name, value in AutoModel.from_pretrained(tmp_path / "whole").state_dict().items():
+        assert torch.equal(loaded[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512MB", 512 * 10**6), ("2 GiB", 2 * 2**30), ("1.5g", 1_500_000_000), ("750000", 750_000)]
+)
+def test_sizes(text, size) -> None:
+    assert Storage.parse(text, "5GB") == Storage(size, 5 * 10**9)
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "12", "0GB", "1XB", "nan"])
+def test_bad_sizes(text) -> None:
+    with pytest.raises(InputError, match=r"--memory .*: give a size of 64KB or more"):
+        Storage.parse(text, "5GB")
 
 
 def test_an_exception_leaves_no_folder_and_an_old_one_alone(family, tmp_path) -> None:
