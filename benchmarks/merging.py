@@ -27,24 +27,36 @@ from typing import Any
 import torch
 from measuring import hide_this_folder, write_figures
 
-OURS = """
-import json, resource, sys, time
+PEAK = """
+def peak():
+    for line in open("/proc/self/status"):
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+"""
+
+OURS = (
+    PEAK
+    + """
+import json, sys, time
 from pathlib import Path
 from scalemerge.merging.folders import merge_folders
 from scalemerge.merging.write import Storage
 import scalemerge.encoder, transformers
 method, root, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 experts = {path.name: path for path in sorted(root.glob("expert-*"))}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 began = time.perf_counter()
 parameters = {"lambda": 0.3} if method == "task_arithmetic" else {}
 merge_folders(str(root / "base"), experts, out, method, parameters, storage=Storage(shard_bytes=10**9))
 seconds = time.perf_counter() - began
-print(json.dumps([seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024]))
+print(json.dumps([seconds, peak() - before]))
 """
+)
 
-MERGEKIT = """
-import json, resource, sys, time
+MERGEKIT = (
+    PEAK
+    + """
+import json, sys, time
 import yaml
 from pathlib import Path
 from mergekit.config import MergeConfiguration
@@ -57,13 +69,14 @@ text = {"merge_method": "linear" if method == "average" else method, "dtype": "f
         "models": [{"model": str(path), "parameters": {"weight": weight}} for path in experts]}
 if method != "average":
     text["base_model"] = str(root / "base")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 began = time.perf_counter()
 options = MergeOptions(copy_tokenizer=False, out_shard_size=10**9, quiet=True, lazy_unpickle=False)
 run_merge(MergeConfiguration.model_validate(text), str(out), options)
 seconds = time.perf_counter() - began
-print(json.dumps([seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024]))
+print(json.dumps([seconds, peak() - before]))
 """
+)
 
 
 def generate(root: Path, experts: int, gigabytes: float) -> int:

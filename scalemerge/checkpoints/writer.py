@@ -22,6 +22,7 @@ from scalemerge.checkpoints.atomic import PARTIAL, explain_os_error, remove_quie
 from scalemerge.checkpoints.reader import DTYPES, INDEX, SINGLE, TensorSpec
 
 SHARD_BYTES = 5 * 10**9
+_SYNC = 64 * 2**20  # bytes of blocks between two times that they are pushed to the disk
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -93,13 +94,22 @@ def _write_blocks(
     progress: Callable[[int], None] | None,
 ) -> None:
     """Blocks of rows, in order: the next one is made while this one is written."""
-    rows, pending = 0, None
+    rows, pending, unsynced = 0, None, 0
+
+    def write(block: Tensor, sync: bool) -> None:
+        _write(file, block, progress)
+        if sync:  # so that the disk works all along, and not at the end alone
+            file.flush()
+            os.fdatasync(file.fileno())
+
     for block in blocks:
         _require(name, spec, block, (block.shape[0], *spec.shape[1:]))
         rows += block.shape[0]
         if pending is not None:
             pending.result()
-        pending = thread.submit(_write, file, block, progress)
+        unsynced += block.numel() * block.element_size()
+        pending = thread.submit(write, block, unsynced >= _SYNC)
+        unsynced %= _SYNC
         del block
     if pending is not None:
         pending.result()

@@ -31,6 +31,7 @@ from scalemerge.task_vectors import TaskVectorStore
 from scalemerge.task_vectors.stored import DESCRIPTION, Rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CACHED = 4 * 2**20  # bytes of a block that stays in a CPU's cache between two passes over it
 _BLOCK = 2**18  # elements that are compared at a time
 _NOT_CARRIED = {"README.md", RECORD, "training.jsonl", ".gitattributes", ADAPTER_CONFIG, DESCRIPTION}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack", ".index.json")
@@ -84,8 +85,8 @@ def write_merged(
     }
     survival = _Survival()
 
-    # float32 blocks at a time: base and experts of this one and the next, merged, delta, stored, written
-    block_bytes = max(2**16, storage.memory // (2 * len(store.experts) + 6))
+    # float32 blocks at a time: base and experts, twice, as one is read ahead; merged, stored, written; the allocator's
+    block_bytes = min(_CACHED, max(2**16, storage.memory // (2 * len(store.experts) + 14)))
 
     def make(name: str) -> Iterator[Tensor]:
         moved = name in store.names
@@ -95,7 +96,8 @@ def write_merged(
                 continue
             merged = combine(name, base, task_vectors)
             stored = merged.to(specs[name].dtype)
-            survival.add(base, merged, stored)
+            if stored is not merged:
+                survival.add(base, merged, stored)
             del base, task_vectors, merged
             yield stored
 
@@ -155,7 +157,7 @@ def _read_ahead(
 
 
 class _Survival:
-    """<stored delta, exact delta> / |exact delta|^2 over all tensors."""
+    """<stored delta, exact delta> / |exact delta|^2 over all tensors that storage rounds."""
 
     def __init__(self) -> None:
         self.along = self.square = 0.0

@@ -138,10 +138,13 @@ class FullExpert:
         tuned = self._tuned.read(name) if rows is None else self._tuned.read_rows(name, *rows)
         if base is None:
             base = self._base.read(name) if rows is None else self._base.read_rows(name, *rows)
-        difference = tuned.to(torch.float32) - base.to(torch.float32)
+        if rows is not None and tuned.dtype == torch.float32:
+            difference = tuned.sub_(base)  # read_rows gave a copy of its own
+        else:
+            difference = tuned.to(torch.float32) - base.to(torch.float32)
         if not _is_finite(difference):
             self._base.require_finite(name, base)
-            self._tuned.require_finite(name, tuned)
+            self._tuned.require_finite(name, difference)
         return difference
 
     def require_base(self, folder: Path, revision: Callable[[], str]) -> None:
