@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 bad usage or bad input. Errors are one line on s
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -157,6 +158,58 @@ def merge(
     from scalemerge.merging.folders import merge_folders
 
     merge_folders(base, _expert_folders(expert), out, method, _parameters(set_), coefficients, dtype, storage)
+
+
+@app.command(epilog="Example: scalemerge diff BASE runs/demo/experts/docs-search --granularity layer")
+def diff(
+    a: Annotated[Path, typer.Argument(help="A model folder.")],
+    b: Annotated[Path, typer.Argument(help="Another of the same architecture.")],
+    granularity: Annotated[str, typer.Option("--granularity", help="module, layer or global.")] = "layer",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Norms, cosines and what storage keeps of the difference of two models, by module."""
+    from scalemerge.inspecting import diff_folders
+    from scalemerge.inspecting.tables import print_differences
+
+    found = diff_folders(a, b, granularity=granularity)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        print_differences(found)
+
+
+@app.command(epilog="Example: scalemerge inspect runs/demo/store --base BASE")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A model, an adapter, a store of task vectors, or a run.")],
+    base: Annotated[Path | None, typer.Option("--base", help="For norms and cosines of task vectors.")] = None,
+    vectors: Annotated[bool, typer.Option(help="Read the weights for norms and cosines.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What is in a folder; of several experts the cosines of their task vectors."""
+    from scalemerge.inspecting import inspect_folder
+    from scalemerge.inspecting.tables import print_inspected
+
+    found = inspect_folder(path, base, vectors=vectors)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        print_inspected(found)
+
+
+@app.command(epilog="Example: scalemerge extract BASE runs/demo/experts/docs-search --rank 16 --out adapter")
+def extract(
+    base: Annotated[str, typer.Argument(help="Folder of the base model.")],
+    expert: Annotated[Path, typer.Argument(help="A model trained from it, or stored task vectors.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the adapter.")],
+    rank: Annotated[int, typer.Option("--rank", min=1)] = 16,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Embedding tables, too.")] = False,
+) -> None:
+    """Write a LoRA adapter of a full model, by singular values, with its error."""
+    from scalemerge.adapters import extract_adapter
+    from scalemerge.encoder import local_folder
+
+    for line in extract_adapter(local_folder(base), expert, out, rank, embeddings=embeddings).lines():
+        typer.echo(line)
 
 
 @app.command(

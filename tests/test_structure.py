@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "scalemerge"
 FLOORS = [
     {"errors", "progress", "kernels", "recipe", "encoder", "checkpoints", "objectives", "report", "distributed"},
-    {"task_vectors", "data", "merging"},
-    {"layers", "training", "evaluation", "mining", "planning"},
+    {"task_vectors", "data", "merging", "adapters"},
+    {"layers", "training", "evaluation", "mining", "planning", "inspecting"},
     {"positioning"},
     {"pipeline"},
     {"cli"},
@@ -222,7 +222,20 @@ def test_every_verb_shows_an_example() -> None:
     from scalemerge.cli import app
 
     verbs = list(get_command(app).commands)
-    assert {"run", "train", "position", "merge", "compress", "eval", "mine", "plan", "report"} <= set(verbs)
+    assert {
+        "run",
+        "train",
+        "position",
+        "merge",
+        "compress",
+        "eval",
+        "mine",
+        "plan",
+        "report",
+        "diff",
+        "inspect",
+        "extract",
+    } <= set(verbs)
     for verb in verbs:
         shown = CliRunner().invoke(app, [verb, "--help"])
         assert shown.exit_code == 0
